@@ -1,0 +1,1 @@
+"""AsymCheck: checkpoints at every training step, lossless, committed atomically, readable anywhere."""

@@ -1,0 +1,223 @@
+"""The index of a committed step: its writers' manifests as one map from leaves to blocks."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from asymcheck import tree
+from asymcheck.codecs import codec_from_manifest
+from asymcheck.codecs.base import Codec
+from asymcheck.commit import CommitRecord, read_commit, read_manifests
+from asymcheck.errors import CheckpointNotFoundError, CorruptionError, FormatError
+from asymcheck.manifest import Block, Manifest, iterate_blocks, leaf_specs
+from asymcheck.state import LeafSpec, ShardSpec
+from asymcheck.stores.base import Store
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredBlock:
+    """A block, the box that it is part of, and its codec. Compared by identity."""
+
+    box: BoxIndex
+    block: Block
+    codec: Codec
+    group: tuple[int, int]
+
+
+@dataclass(slots=True, eq=False)
+class BoxIndex:
+    """A box of a leaf and the blocks that tile it, by ascending first element."""
+
+    leaf: LeafSpec
+    shard: ShardSpec
+    blocks: list[StoredBlock] = field(default_factory=list[StoredBlock])
+
+    def overlapping(self, start: int, stop: int) -> Iterator[StoredBlock]:
+        """The blocks that hold any of the elements [start, stop) of the box."""
+        first = bisect_right(self.blocks, start, key=lambda b: b.block.start) - 1
+        for stored in itertools.islice(self.blocks, max(first, 0), None):
+            if stored.block.start >= stop:
+                return
+            yield stored
+
+
+@dataclass(slots=True, eq=False)
+class LeafIndex:
+    """A leaf, its further paths, and its boxes."""
+
+    spec: LeafSpec
+    aliases: list[str]
+    boxes: dict[ShardSpec, BoxIndex] = field(default_factory=dict[ShardSpec, BoxIndex])
+
+
+@dataclass(slots=True, eq=False)
+class StepIndex:
+    """Where every byte of a committed step lies."""
+
+    record: CommitRecord
+    sha256: str
+    manifests: list[Manifest]
+    structure: tree.Node
+    leaves: dict[str, LeafIndex]
+    groups: dict[tuple[int, int], list[StoredBlock]]
+
+    @property
+    def step(self) -> int:
+        """The step's number."""
+        return self.record.step
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the user saved with the step (JSON)."""
+        return self.manifests[0].metadata
+
+    def blocks(self) -> Iterator[StoredBlock]:
+        """All blocks."""
+        for leaf in self.leaves.values():
+            for box in leaf.boxes.values():
+                yield from box.blocks
+
+
+def load_index(store: Store, step: int) -> StepIndex:
+    """Read, check and merge what describes a step; no pack is touched.
+
+    Raises:
+        CheckpointNotFoundError: the step has no commit record.
+        CorruptionError, FormatError: something is missing, damaged, malformed or incomplete.
+    """
+    record, digest = read_commit(store, step)
+    try:
+        return merge(record, digest, read_manifests(store, record))
+    except FormatError as error:
+        error.step = step
+        raise
+
+
+def merge(record: CommitRecord, sha256: str, manifests: list[Manifest]) -> StepIndex:
+    """One index from all writers' manifests.
+
+    Raises:
+        FormatError: they contradict each other, or leave elements uncovered or covered twice.
+    """
+    structure: tree.Node = manifests[0].structure
+    for manifest in manifests[1:]:
+        structure = tree.merge(structure, manifest.structure)
+    index = StepIndex(record, sha256, manifests, structure, {}, {})
+    for manifest in manifests:
+        _add(index, manifest)
+    for leaf in index.leaves.values():
+        _check_cover(leaf)
+    missing = tree.leaf_paths(structure) - index.leaves.keys()
+    if missing:
+        raise FormatError("the structure names leaves that no manifest holds", leaf=min(missing))
+    if any(b.codec.needs_base for b in index.blocks()) and record.parent is None:
+        raise FormatError("a block needs a base, but the commit record names no parent")
+    return index
+
+
+def _add(index: StepIndex, manifest: Manifest) -> None:
+    specs = leaf_specs(manifest)
+    for spec, leaf in zip(specs, manifest.leaves, strict=True):
+        known = index.leaves.setdefault(spec.path, LeafIndex(spec, list(leaf.aliases)))
+        if known.spec != spec or known.aliases != leaf.aliases:
+            raise FormatError("two writers describe a leaf differently", leaf=spec.path)
+    codecs = [codec_from_manifest(use.id, use.params) for use in manifest.codecs]
+    boxes = [_box(index, specs[s.leaf], s.offset, s.shape) for s in manifest.shards]
+    for block in iterate_blocks(manifest):
+        group = (manifest.writer, block.group)
+        stored = StoredBlock(boxes[block.shard], block, codecs[block.codec], group)
+        stored.box.blocks.append(stored)
+        if stored.codec.joint:
+            index.groups.setdefault(group, []).append(stored)
+
+
+def _box(index: StepIndex, spec: LeafSpec, offset: list[int], shape: list[int]) -> BoxIndex:
+    shard = ShardSpec(tuple(offset), tuple(shape))
+    return index.leaves[spec.path].boxes.setdefault(shard, BoxIndex(spec, shard))
+
+
+def _check_cover(leaf: LeafIndex) -> None:
+    boxes = [box for box in leaf.boxes.values() if box.shard.size > 0]
+    if sum(box.shard.size for box in boxes) != leaf.spec.size or _any_overlap(boxes):
+        raise FormatError("the boxes of a leaf do not cover it exactly once", leaf=leaf.spec.path)
+    for box in boxes:
+        box.blocks.sort(key=lambda stored: (stored.block.start, stored.block.stop))
+        position = 0
+        for stored in box.blocks:
+            if stored.block.start != position:
+                raise FormatError(
+                    "elements of a leaf are missing or stored twice",
+                    leaf=leaf.spec.path,
+                    expected=f"a block at element {position}",
+                    found=f"one at {stored.block.start}",
+                )
+            position = stored.block.stop
+        if position != box.shard.size:
+            raise FormatError(
+                "elements of a leaf are missing",
+                leaf=leaf.spec.path,
+                expected=f"{box.shard.size} elements",
+                found=position,
+            )
+
+
+def _any_overlap(boxes: Sequence[BoxIndex]) -> bool:
+    """Whether two boxes share an element: a sweep along the first dimension."""
+    ordered = sorted(boxes, key=lambda box: box.shard.offset)
+    active: list[ShardSpec] = []
+    for shard in (box.shard for box in ordered):
+        if not shard.shape:
+            active.append(shard)
+            continue
+        active = [a for a in active if a.offset[0] + a.shape[0] > shard.offset[0]]
+        if any(intersect(a, shard) is not None for a in active):
+            return True
+        active.append(shard)
+    return len(active) > 1 and not active[0].shape
+
+
+def intersect(a: ShardSpec, b: ShardSpec) -> ShardSpec | None:
+    """The box that two boxes of the same leaf share, or None if they share no element."""
+    offset = tuple(max(i, j) for i, j in zip(a.offset, b.offset, strict=True))
+    ends = (
+        min(i + n, j + m) for i, n, j, m in zip(a.offset, a.shape, b.offset, b.shape, strict=True)
+    )
+    shape = tuple(end - begin for end, begin in zip(ends, offset, strict=True))
+    return ShardSpec(offset, shape) if all(n > 0 for n in shape) else None
+
+
+def load_chain(store: Store, step: int) -> list[StepIndex]:
+    """The step, then the steps that it decodes from, down to a base.
+
+    Raises:
+        CheckpointNotFoundError: the step itself has no commit record.
+        CorruptionError, FormatError: it, or a step below it, is missing, replaced or damaged.
+    """
+    chain = [load_index(store, step)]
+    while (parent := chain[-1].record.parent) is not None:
+        chain.append(_load_parent(store, step, parent.step, parent.sha256))
+        if chain[-1].record.depth != chain[-2].record.depth - 1:
+            raise FormatError("the depths of a chain do not count down", step=chain[-2].step)
+    return chain
+
+
+def _load_parent(store: Store, step: int, parent: int, sha256: str) -> StepIndex:
+    try:
+        index = load_index(store, parent)
+    except CheckpointNotFoundError as error:
+        raise CorruptionError(
+            "a step that this one decodes from is gone", step=step, expected=f"step {parent}"
+        ) from error
+    if index.sha256 != sha256:
+        raise CorruptionError(
+            "a step that this one decodes from was replaced by another",
+            step=step,
+            expected=f"step {parent} with commit record {sha256[:16]}...",
+            found=f"{index.sha256[:16]}...",
+        )
+    return index
+

@@ -1,0 +1,89 @@
+"""Sealed JSON: how manifests and commit records lie in the store.
+
+One header line, `asymcheck <kind> <version> <sha256 of the body> <length of the body>\\n`, then
+the body, a JSON object in ASCII. The header is read and checked before anything is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from asymcheck.errors import CorruptionError, FormatError, UnsupportedVersionError
+
+FORMAT_VERSION = 1
+_HEADER = re.compile(rb"asymcheck ([a-z]{1,20}) ([0-9]{1,6}) ([0-9a-f]{64}) ([0-9]{1,12})\n")
+_MAX_HEADER_LENGTH = 128
+
+T = TypeVar("T")
+
+
+def seal(kind: str, body: Any) -> bytes:
+    """The stored form of a record; the same body gives the same bytes."""
+    plain = msgspec.to_builtins(body)
+    text = json.dumps(plain, separators=(",", ":"), allow_nan=False).encode("ascii")
+    header = f"asymcheck {kind} {FORMAT_VERSION} {sha256(text)} {len(text)}\n"
+    return header.encode("ascii") + text
+
+
+def unseal(data: bytes, kind: str, as_type: type[T], *, object: str) -> T:
+    """Check and parse a stored record.
+
+    Raises:
+        CorruptionError: the body is not what the header says (a torn or damaged object).
+        UnsupportedVersionError: written in a version that this reader does not know.
+        FormatError: the body is not JSON (duplicate members, NaN, absurd nesting and numbers
+            included) or not of the declared type.
+    """
+    match = _HEADER.match(data[:_MAX_HEADER_LENGTH])
+    if match is None or match[1] != kind.encode():
+        raise CorruptionError(
+            f"the object is no sealed {kind} record", object=object, found=repr(data[:24])
+        )
+    if int(match[2]) != FORMAT_VERSION:
+        raise UnsupportedVersionError(
+            f"the {kind} record is of another format version",
+            object=object,
+            expected=FORMAT_VERSION,
+            found=int(match[2]),
+            hint="Read it with the AsymCheck version that wrote it, or a later one",
+        )
+    body = data[match.end() :]
+    if len(body) != int(match[4]) or sha256(body) != match[3].decode():
+        raise CorruptionError(
+            f"the body of the {kind} record is not the one that was sealed",
+            object=object,
+            expected=f"{int(match[4])} bytes, sha256 {match[3].decode()[:16]}...",
+            found=f"{len(body)} bytes, sha256 {sha256(body)[:16]}...",
+        )
+    return _parse(body, as_type, object)
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _parse(body: bytes, as_type: type[T], object: str) -> T:
+    try:
+        plain = json.loads(
+            body, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+        )
+        return msgspec.convert(plain, as_type, strict=True)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"malformed record: {str(error)[:200]}", object=object) from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("an object has the same member twice")
+    return members
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")

@@ -11,18 +11,32 @@ _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*
 MAX_KEY_LENGTH = 512
 
 
+def is_key(key: str) -> bool:
+    """Whether `key` is a relative path of plain names, which cannot leave the root."""
+    return len(key) <= MAX_KEY_LENGTH and _KEY.fullmatch(key) is not None
+
+
 def check_key(key: str) -> str:
     """Return `key` if it is a relative path of plain names, which cannot leave the root.
 
     Raises:
         StoreError: for anything else: absolute paths, `..`, empty names, control characters.
     """
-    if len(key) > MAX_KEY_LENGTH or _KEY.fullmatch(key) is None:
+    if not is_key(key):
         raise StoreError(
             f"key {key[:64]!r} is not a relative path of plain names",
             expected=f"at most {MAX_KEY_LENGTH} of [A-Za-z0-9_.-/], no name starting with '.'",
         )
     return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Return `prefix` if it is empty or a key followed by `/`; `StoreError` for anything else."""
+    if prefix:
+        check_key(prefix.removesuffix("/"))
+        if not prefix.endswith("/"):
+            raise StoreError(f"prefix {prefix!r} does not end in '/'")
+    return prefix
 
 
 @runtime_checkable

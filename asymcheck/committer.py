@@ -1,0 +1,258 @@
+"""Committing: manifests, the meeting of all writers in the store, the record, and what follows.
+
+Writers need no other connection than the store: each publishes its manifest when its packs are
+durable; writer 0 waits for all of them, checks that together they cover the state, and publishes
+the commit record, for which the others wait. A writer that fails says so in an `abort` object.
+Attempts are committed in the order in which they began, so the base of an increment is committed
+before it, or neither is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from asymcheck.attempt import Attempt
+from asymcheck.commit import (
+    MAX_COMMIT_NBYTES,
+    CommitRecord,
+    ManifestRef,
+    ParentRef,
+    commit_key,
+    publish,
+    seal_commit,
+)
+from asymcheck.errors import AsymCheckError, CommitError, ObjectNotFoundError
+from asymcheck.index import merge
+from asymcheck.lease import LeaseKeeper
+from asymcheck.manifest import (
+    MAX_MANIFEST_NBYTES,
+    Manifest,
+    Record,
+    data_prefix,
+    manifest_key,
+    parse_manifest,
+    seal_manifest,
+)
+from asymcheck.records import seal, sha256, unseal
+from asymcheck.stores.base import Store
+from asymcheck.threads import run_at_low_priority
+from asymcheck.trace import Trace
+
+_FIRST_POLL_S = 0.001
+_LONGEST_POLL_S = 0.1
+_MAX_ABORT_NBYTES = 1 << 16
+
+
+class Abort(Record):
+    """Why a writer gave an attempt up."""
+
+    writer: int
+    message: str
+
+
+class Committer:
+    """One thread that takes attempts, in order, from flushed to committed (or failed).
+
+    Args:
+        store: the run's store.
+        lease: must hold at the moment of the commit.
+        warm_start: gives what a restart wants to know (cost model, idle profile), for the
+            manifest.
+        timeout_s: how long to wait for other writers.
+        before_commit: called on writer 0 before the record is published.
+        after: called with every attempt when it is committed or has failed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        lease: LeaseKeeper,
+        *,
+        warm_start: Callable[[], Mapping[str, Any]],
+        timeout_s: float,
+        before_commit: Callable[[Attempt], None],
+        after: Callable[[Attempt], None],
+        trace: Trace,
+    ) -> None:
+        self._store = store
+        self._lease = lease
+        self._warm_start = warm_start
+        self._timeout_s = timeout_s
+        self._before_commit = before_commit
+        self._after = after
+        self._trace = trace
+        self._last: tuple[CommitRecord, str] | None = None  # what the next increment builds on
+        self._attempts: SimpleQueue[Attempt | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="asymcheck-commit", daemon=True)
+        self._thread.start()
+
+    def submit(self, attempt: Attempt) -> None:
+        """Commit this attempt when it is flushed, after those submitted before."""
+        self._attempts.put(attempt)
+
+    def close(self, timeout_s: float | None) -> bool:
+        """Finish what was submitted and end the thread; False if that takes too long."""
+        self._attempts.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        run_at_low_priority()
+        while (attempt := self._attempts.get()) is not None:
+            attempt.flushed.wait()
+            begun_s = time.monotonic()
+            try:
+                self._settle(attempt)
+            finally:
+                self._trace.add("commit", f"step {attempt.step}", attempt.step, begun_s)
+                try:
+                    self._after(attempt)
+                finally:
+                    attempt.finished.set()
+
+    def _settle(self, attempt: Attempt) -> None:
+        if attempt.error is None:
+            try:
+                self._last = self._commit(attempt)
+                return
+            except BaseException as error:
+                attempt.fail(error)
+        self._last = None
+        self._clean_up(attempt)
+
+    def _commit(self, attempt: Attempt) -> tuple[CommitRecord, str]:
+        if attempt.used_base and (self._last is None or self._last[0].step != attempt.base_step):
+            raise CommitError(
+                "the step is an increment to one that failed",
+                step=attempt.step,
+                expected=f"step {attempt.base_step} committed before",
+            )
+        own = attempt.manifest(self._warm_start())
+        sealed = seal_manifest(own)
+        key = manifest_key(attempt.step, attempt.name, attempt.writer)
+        self._store.put(key, memoryview(sealed))
+        if attempt.writer != 0:
+            return self._await_commit(attempt)
+        return self._publish(attempt, own, sealed)
+
+    def _publish(self, attempt: Attempt, own: Manifest, sealed: bytes) -> tuple[CommitRecord, str]:
+        manifests, refs = [own], [_ref(attempt, 0, sealed)]
+        deadline = time.monotonic() + self._timeout_s
+        for writer in range(1, attempt.writers):
+            data = self._await_manifest(attempt, writer, deadline)
+            refs.append(_ref(attempt, writer, data))
+            manifests.append(parse_manifest(data, object=refs[-1].key))
+        record = self._record(attempt, manifests, refs)
+        if attempt.writers > 1:
+            merge(record, "", manifests)  # raises unless everything is covered exactly once
+        self._before_commit(attempt)
+        sealed_record = seal_commit(record)
+        self._lease.check()
+        publish(self._store, attempt.step, sealed_record)
+        return record, sha256(sealed_record)
+
+    def _record(
+        self, attempt: Attempt, manifests: Sequence[Manifest], refs: list[ManifestRef]
+    ) -> CommitRecord:
+        bases = {m.base_step for m in manifests} - {None}
+        parent, depth = None, 0
+        if bases:
+            if self._last is None or bases != {self._last[0].step}:
+                raise CommitError(
+                    "a writer's increments build on a step that was not committed before",
+                    step=attempt.step,
+                    expected=None if self._last is None else f"step {self._last[0].step}",
+                    found=f"steps {sorted(map(str, bases))}",
+                )
+            parent = ParentRef(self._last[0].step, self._last[1])
+            depth = self._last[0].depth + 1
+        return CommitRecord(attempt.step, attempt.name, refs, parent, depth, time.time())
+
+    def _await_manifest(self, attempt: Attempt, writer: int, deadline: float) -> bytes:
+        key = manifest_key(attempt.step, attempt.name, writer)
+
+        def look() -> bytes | None:
+            self._check_abort(attempt, writer)
+            return self._get(key, MAX_MANIFEST_NBYTES)
+
+        return _poll(look, deadline, f"writer {writer} did not publish its manifest", attempt)
+
+    def _await_commit(self, attempt: Attempt) -> tuple[CommitRecord, str]:
+        key = commit_key(attempt.step)
+
+        def look() -> bytes | None:
+            self._check_abort(attempt, 0)
+            return self._get(key, MAX_COMMIT_NBYTES)
+
+        deadline = time.monotonic() + self._timeout_s
+        data = _poll(look, deadline, "writer 0 did not commit", attempt)
+        record = unseal(data, "commit", CommitRecord, object=key)
+        if record.attempt != attempt.name:
+            raise CommitError(
+                "the step was committed by another attempt",
+                step=attempt.step,
+                expected=attempt.name,
+                found=record.attempt,
+            )
+        return record, sha256(data)
+
+    def _get(self, key: str, max_nbytes: int) -> bytes | None:
+        try:
+            return self._store.get(key, max_nbytes)
+        except ObjectNotFoundError:
+            return None
+
+    def _check_abort(self, attempt: Attempt, writer: int) -> None:
+        key = _abort_key(attempt, writer)
+        data = self._get(key, _MAX_ABORT_NBYTES)
+        if data is not None:
+            abort = unseal(data, "abort", Abort, object=key)
+            raise CommitError(
+                f"writer {writer} gave the attempt up: {abort.message}", step=attempt.step
+            )
+
+    def _clean_up(self, attempt: Attempt) -> None:
+        """Tell the other writers, and remove what this one has stored (nobody can see it)."""
+        try:
+            prefix = data_prefix(attempt.step, attempt.name)
+            for key in self._store.list(prefix):
+                if key.startswith(f"{prefix}w{attempt.writer:05d}-"):
+                    self._store.delete(key)
+            if attempt.writers > 1:
+                abort = Abort(attempt.writer, str(attempt.error)[:1000])
+                key = _abort_key(attempt, attempt.writer)
+                self._store.put_if_absent(key, memoryview(seal("abort", abort)))
+        except AsymCheckError as error:
+            assert attempt.error is not None
+            attempt.error.add_note(f"and cleaning up failed: {error}")
+
+
+def _ref(attempt: Attempt, writer: int, sealed: bytes) -> ManifestRef:
+    return ManifestRef(
+        manifest_key(attempt.step, attempt.name, writer), len(sealed), sha256(sealed)
+    )
+
+
+def _abort_key(attempt: Attempt, writer: int) -> str:
+    return f"{data_prefix(attempt.step, attempt.name)}w{writer:05d}.abort"
+
+
+def _poll(
+    look: Callable[[], bytes | None], deadline: float, message: str, attempt: Attempt
+) -> bytes:
+    """What `look` finds, asked again at growing intervals until the deadline."""
+    interval_s = _FIRST_POLL_S
+    while (found := look()) is None:
+        if time.monotonic() > deadline:
+            raise CommitError(
+                f"{message} in time",
+                step=attempt.step,
+                hint="Its process may have died: restart the run from the newest step",
+            )
+        time.sleep(interval_s)
+        interval_s = min(interval_s * 1.5, _LONGEST_POLL_S)
+    return found

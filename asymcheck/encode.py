@@ -1,0 +1,363 @@
+"""From captured bytes to blocks in packs: digests, codecs, and the reference kept up to date.
+
+Units arrive in the order of capture. They are coded by a few threads and packed by one, in that
+order, so that the same snapshot, schedule and decisions give the same packs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from asymcheck.attempt import Attempt, Row
+from asymcheck.buffers import Buffer, BufferPool
+from asymcheck.codecs import codec_by_name
+from asymcheck.codecs.base import Codec, Column
+from asymcheck.cost import CostModel
+from asymcheck.flush import FlushQueue
+from asymcheck.pack import OpenPack, PackBuilder, Slot
+from asymcheck.plan import Unit
+from asymcheck.policy import CompressionPolicy, Decision, PolicyRequest
+from asymcheck.reference import Reference
+from asymcheck.state import dtype_of
+from asymcheck.threads import run_at_low_priority
+
+Payload = bytes | memoryview
+
+
+@dataclass(slots=True)
+class CapturedColumn:
+    """One source of a unit: where its bytes are captured to, and how they will be coded."""
+
+    source: int
+    codec: Codec
+    view: NDArray[np.uint8]
+    slot: Slot | None  # a place in a pack already, if the bytes are stored as they are
+
+
+@dataclass(slots=True)
+class CapturedUnit:
+    """A unit with room for its bytes."""
+
+    attempt: Attempt
+    unit: Unit
+    group: int
+    columns: list[CapturedColumn]
+    staging: Buffer | None
+    ready: Future[None] = field(default_factory=Future[None])
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """A column after coding; `payload` None if its bytes already lie in a pack."""
+
+    column: CapturedColumn
+    payload: Payload | None
+    digest: str
+    raw: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    attempt: Attempt
+    pack: OpenPack
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """The end of a partition or (last) of the attempt."""
+
+    attempt: Attempt
+    last: bool
+
+
+_Item = tuple[CapturedUnit, Future[list[_Coded]]] | _Sealed | _Mark
+
+
+class Encoder:
+    """Places units in host memory before capture, and turns them into packs afterwards.
+
+    `place`, `captured`, `end_partition` and `end` are called by whoever captures, one at a time;
+    `place` blocks while host memory is short.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: CompressionPolicy,
+        cost: CostModel,
+        capture_pool: BufferPool,
+        pack_pool: BufferPool,
+        flush: FlushQueue,
+        threads: int,
+    ) -> None:
+        self._policy = policy
+        self._cost = cost
+        self._capture_pool = capture_pool
+        self._pack_pool = pack_pool
+        self._flush = flush
+        self._codecs: dict[str, Codec] = {}
+        self._items: SimpleQueue[_Item | None] = SimpleQueue()
+        self._executor = ThreadPoolExecutor(threads, "asymcheck-encode", run_at_low_priority)
+        self._packer = threading.Thread(target=self._pack, name="asymcheck-pack", daemon=True)
+        self._coded_packs: PackBuilder | None = None
+        self._reference: Reference | None = None
+        self._decisions: dict[tuple[str, str], Decision] = {}
+        self._decided_partition = -1
+        self._packer.start()
+
+    # -- on the side of capture ------------------------------------------------------------
+
+    def begin(self, attempt: Attempt, reference: Reference | None) -> None:
+        """Start an attempt; the one before has had its `end`."""
+        self._reference = reference
+        self._decided_partition = -1
+        self._raw_packs = PackBuilder(self._capture_pool, attempt.pack_nbytes)
+        self._staging = PackBuilder(self._capture_pool, self._capture_pool.buffer_nbytes)
+
+    def place(self, attempt: Attempt, unit: Unit, group: int) -> CapturedUnit:
+        """Room for a unit's bytes, decided by the policy: in a pack if raw, else beside.
+
+        Raises:
+            CaptureTimeoutError, ClosedError: no memory; the attempt should be given up.
+        """
+        if unit.partition != self._decided_partition:
+            self._decide(attempt, unit.partition)
+        specs = [attempt.plan.specs[source] for source in unit.sources]
+        codecs = [self._codec(self._decisions[spec.kind, spec.dtype].codec) for spec in specs]
+        sizes = [unit.count * spec.itemsize for spec in specs]
+        staging = self._stage(sum(n for n, c in zip(sizes, codecs, strict=True) if c.id != "raw"))
+        columns: list[CapturedColumn] = []
+        position = 0
+        for source, codec, nbytes in zip(unit.sources, codecs, sizes, strict=True):
+            if codec.id == "raw":
+                slot = self._reserve_raw(attempt, nbytes)
+                columns.append(CapturedColumn(source, codec, slot.view, slot))
+            else:
+                assert staging is not None
+                view = staging.view[position : position + nbytes]
+                columns.append(CapturedColumn(source, codec, view, None))
+                position += nbytes
+        buffer = staging.pack.buffer if staging is not None else None
+        captured = CapturedUnit(attempt, unit, group, columns, buffer)
+        coded = self._executor.submit(self._code, captured, self._reference)
+        self._items.put((captured, coded))
+        return captured
+
+    def end_partition(self, attempt: Attempt) -> None:
+        """Close the packs at hand (where every partition has packs of its own)."""
+        self._emit(attempt, self._raw_packs.seal())
+        self._items.put(_Mark(attempt, last=False))
+
+    def end(self, attempt: Attempt) -> None:
+        """Everything of the attempt was placed."""
+        self._emit(attempt, self._raw_packs.close())
+        if (rest := self._staging.close()) is not None:
+            rest.release()
+        self._items.put(_Mark(attempt, last=True))
+
+    def close(self) -> None:
+        """Finish what was placed and end the threads."""
+        self._items.put(None)
+        self._packer.join()
+        self._executor.shutdown()
+
+    def _decide(self, attempt: Attempt, partition: int) -> None:
+        self._decided_partition = partition
+        self._decisions = {}
+        for (kind, dtype), nbytes in attempt.plan.partitions[partition].nbytes_by_class.items():
+            has_base = attempt.base_step is not None
+            request = PolicyRequest(nbytes, kind, dtype, has_base, self._cost)
+            decision = self._policy.decide(request)
+            self._decisions[kind, dtype] = decision
+            attempt.decided(partition, kind, dtype, nbytes, decision)
+
+    def _codec(self, name: str) -> Codec:
+        if name not in self._codecs:
+            self._codecs[name] = codec_by_name(name)
+        return self._codecs[name]
+
+    def _stage(self, nbytes: int) -> Slot | None:
+        if nbytes == 0:
+            return None
+        slot, full = self._staging.reserve(nbytes)
+        if full is not None:
+            full.release()
+        slot.pack.buffer.hold()
+        return slot
+
+    def _reserve_raw(self, attempt: Attempt, nbytes: int) -> Slot:
+        slot, sealed = self._raw_packs.reserve(nbytes)
+        self._emit(attempt, sealed)
+        return slot
+
+    def _emit(self, attempt: Attempt, pack: OpenPack | None) -> None:
+        if pack is not None:
+            self._items.put(_Sealed(attempt, pack))
+
+    # -- coding ----------------------------------------------------------------------------
+
+    def _code(self, captured: CapturedUnit, reference: Reference | None) -> list[_Coded]:
+        captured.ready.result()
+        attempt = captured.attempt
+        if attempt.error is not None:
+            return []
+        if reference is not None and attempt.previous is not None:
+            attempt.previous.encoded.wait()  # its blocks must be in the reference first
+        coded = [_store_raw(captured, c, reference) for c in captured.columns if c.slot is not None]
+        for codec, columns in _by_codec(captured.columns):
+            coded.extend(self._encode(captured, codec, columns, reference))
+        return coded
+
+    def _encode(
+        self,
+        captured: CapturedUnit,
+        codec: Codec,
+        columns: Sequence[CapturedColumn],
+        reference: Reference | None,
+    ) -> list[_Coded]:
+        specs = [captured.attempt.plan.specs[c.source] for c in columns]
+        old = [
+            reference.view(captured.unit, c.source) if reference and codec.needs_base else None
+            for c in columns
+        ]
+        inputs = [
+            Column(spec.kind, dtype_of(spec.dtype), c.view, base)
+            for spec, c, base in zip(specs, columns, old, strict=True)
+        ]
+        begun_s = time.perf_counter()
+        payloads = codec.encode(inputs)
+        raw_nbytes = sum(c.view.nbytes for c in columns)
+        self._cost.observe(f"encode:{codec.id}", raw_nbytes, time.perf_counter() - begun_s)
+        for spec, column, payload in zip(specs, columns, payloads, strict=True):
+            self._cost.observe_ratio(
+                codec.id, spec.kind, spec.dtype, column.view.nbytes, len(payload)
+            )
+        decoded = _reconstruct(codec, inputs, payloads) if codec.lossy else [c.new for c in inputs]
+        for column, new in zip(columns, decoded, strict=True):
+            _refer(captured, column, new, reference)
+        return [
+            _Coded(c, p, xxhash.xxh3_128_hexdigest(p), xxhash.xxh3_128_hexdigest(d.data))
+            for c, p, d in zip(columns, payloads, decoded, strict=True)
+        ]
+
+    # -- packing ---------------------------------------------------------------------------
+
+    def _pack(self) -> None:
+        run_at_low_priority()
+        while (item := self._items.get()) is not None:
+            if isinstance(item, _Mark):
+                self._end(item)
+            elif isinstance(item, _Sealed):
+                self._send(item.attempt, item.pack)
+            else:
+                self._add(*item)
+
+    def _add(self, captured: CapturedUnit, coded: Future[list[_Coded]]) -> None:
+        try:
+            for column in coded.result():
+                self._add_block(captured, column)
+        except BaseException as error:
+            captured.attempt.fail(error)
+        finally:
+            if captured.staging is not None:
+                captured.staging.release()
+
+    def _add_block(self, captured: CapturedUnit, coded: _Coded) -> None:
+        attempt, unit, column = captured.attempt, captured.unit, coded.column
+        slot = column.slot
+        if slot is None:
+            assert coded.payload is not None
+            if self._coded_packs is None:
+                self._coded_packs = PackBuilder(self._pack_pool, attempt.pack_nbytes)
+            slot, sealed = self._coded_packs.reserve(len(coded.payload))
+            if sealed is not None:
+                self._send(attempt, sealed)
+            slot.view[:] = np.frombuffer(coded.payload, np.uint8)
+        attempt.used_base |= column.codec.needs_base
+        attempt.rows.append(
+            Row(
+                column.source,
+                unit.start,
+                unit.count,
+                column.codec,
+                captured.group,
+                slot.pack,
+                slot.offset,
+                slot.view.nbytes,
+                coded.digest,
+                coded.raw,
+            )
+        )
+
+    def _end(self, mark: _Mark) -> None:
+        packs = self._coded_packs
+        pack = None if packs is None else packs.close() if mark.last else packs.seal()
+        if pack is not None:
+            self._send(mark.attempt, pack)
+        if mark.last:
+            self._coded_packs = None
+            mark.attempt.encoded.set()
+            mark.attempt.settle(None)
+
+    def _send(self, attempt: Attempt, pack: OpenPack) -> None:
+        if attempt.error is not None:
+            pack.release()
+            return
+        pack.sequence = len(attempt.packs)
+        data = pack.data
+        key = attempt.add_pack(len(data))
+
+        def done(error: BaseException | None) -> None:
+            pack.release()
+            attempt.settle(error)
+
+        try:
+            self._flush.submit(key, data, done)
+        except BaseException as error:
+            done(error)
+
+
+def _store_raw(
+    captured: CapturedUnit, column: CapturedColumn, reference: Reference | None
+) -> _Coded:
+    _refer(captured, column, column.view, reference)
+    return _Coded(column, None, xxhash.xxh3_128_hexdigest(column.view.data), "")
+
+
+def _refer(
+    captured: CapturedUnit,
+    column: CapturedColumn,
+    decoded: NDArray[np.uint8],
+    reference: Reference | None,
+) -> None:
+    """Keep what a reader will have, for the next increment."""
+    if reference is not None:
+        np.copyto(reference.view(captured.unit, column.source), decoded)
+
+
+def _by_codec(
+    columns: Sequence[CapturedColumn],
+) -> list[tuple[Codec, list[CapturedColumn]]]:
+    coded: dict[str, tuple[Codec, list[CapturedColumn]]] = {}
+    for column in columns:
+        if column.slot is None:
+            coded.setdefault(column.codec.id, (column.codec, []))[1].append(column)
+    return list(coded.values())
+
+
+def _reconstruct(
+    codec: Codec, inputs: Sequence[Column], payloads: Sequence[Payload]
+) -> list[NDArray[np.uint8]]:
+    """What a reader will decode: the next difference is taken to that (error feedback)."""
+    outputs = [Column(c.kind, c.dtype, np.empty_like(c.new), c.old) for c in inputs]
+    codec.decode(outputs, [memoryview(p) for p in payloads])
+    return [c.new for c in outputs]

@@ -1,0 +1,167 @@
+"""What is the same for every snapshot of an unchanged state: groups, partitions, units, tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from asymcheck.errors import UnsupportedStateError
+from asymcheck.manifest import MAX_BLOCK_NBYTES, Leaf, Shard
+from asymcheck.partition import (
+    GroupRange,
+    PartitionSchedule,
+    Phase,
+    SourceGroup,
+    Window,
+    plan_partitions,
+)
+from asymcheck.state import LeafSource, LeafSpec, ShardSpec
+
+BLOCK_NBYTES = 4 << 20
+"""Largest block of one leaf: small enough for the cache, large enough to amortise Python."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A step of capturing: the same elements of co-located sources; one block for each source."""
+
+    partition: int
+    sources: tuple[int, ...]
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionPlace:
+    """Where a partition stands in the cycle, and its bytes by leaf kind and dtype."""
+
+    ordinal: int
+    phase: Phase
+    window: int
+    nbytes: int
+    nbytes_by_class: Mapping[tuple[str, str], int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The schedule of a snapshot, down to the units, with the tables of its manifest."""
+
+    signature: tuple[object, ...]
+    nbytes: int
+    leaves: list[Leaf]
+    shards: list[Shard]
+    specs: tuple[LeafSpec, ...]
+    owned: tuple[tuple[int, int], ...]
+    partitions: tuple[PartitionPlace, ...]
+    units: tuple[Unit, ...]
+
+
+def signature_of(
+    sources: Sequence[LeafSource], aliases: Mapping[str, Sequence[str]]
+) -> tuple[object, ...]:
+    """Equal for views that the same plan serves."""
+    parts = tuple((s.leaf, s.shard, s.group, s.owned) for s in sources)
+    return (parts, tuple((path, tuple(others)) for path, others in aliases.items()))
+
+
+def make_plan(
+    sources: Sequence[LeafSource],
+    aliases: Mapping[str, Sequence[str]],
+    windows: Sequence[Window],
+    max_unit_nbytes: int,
+) -> Plan:
+    """Schedule a view's sources over windows.
+
+    Args:
+        sources, aliases: of the `StateView`.
+        windows: the cycle's windows in order of time.
+        max_unit_nbytes: bound on the bytes of one unit (a host buffer).
+
+    Raises:
+        UnsupportedStateError: two sources have the same path, or one element is too large.
+    """
+    _check_paths(sources)
+    groups = _groups(sources)
+    schedule = plan_partitions(groups, windows)
+    ordinals = {(w.phase, w.index): i for i, w in enumerate(windows)}
+    units: list[Unit] = []
+    for partition in schedule.partitions:
+        for piece in partition.pieces:
+            units.extend(_units(sources, schedule, partition.index, piece, max_unit_nbytes))
+    return Plan(
+        signature=signature_of(sources, aliases),
+        nbytes=schedule.nbytes,
+        leaves=[_leaf(s.leaf, aliases.get(s.leaf.path, ())) for s in sources],
+        shards=[Shard(i, list(s.shard.offset), list(s.shard.shape)) for i, s in enumerate(sources)],
+        specs=tuple(s.leaf for s in sources),
+        owned=tuple(s.owned for s in sources),
+        partitions=tuple(
+            PartitionPlace(
+                ordinals.get((p.phase, p.window), 0),
+                p.phase,
+                p.window,
+                p.nbytes,
+                _by_class(sources, schedule, p.pieces),
+            )
+            for p in schedule.partitions
+        ),
+        units=tuple(units),
+    )
+
+
+def _check_paths(sources: Sequence[LeafSource]) -> None:
+    repeated = [p for p, n in Counter(s.leaf.path for s in sources).items() if n > 1]
+    if repeated:
+        raise UnsupportedStateError("two leaves have the same path", leaf=repeated[0])
+
+
+def _groups(sources: Sequence[LeafSource]) -> list[SourceGroup]:
+    members: dict[tuple[str, ShardSpec, tuple[int, int]], list[int]] = {}
+    for i, source in enumerate(sources):
+        members.setdefault((source.group, source.shard, source.owned), []).append(i)
+    return [
+        SourceGroup(tuple(indices), *owned, sum(sources[i].leaf.itemsize for i in indices))
+        for (_, _, owned), indices in members.items()
+    ]
+
+
+def _units(
+    sources: Sequence[LeafSource],
+    schedule: PartitionSchedule,
+    partition: int,
+    piece: GroupRange,
+    max_unit_nbytes: int,
+) -> list[Unit]:
+    """Cut a piece on a fixed grid of its group, so that blocks of successive steps line up."""
+    group = schedule.groups[piece.group]
+    widest = max(sources[i].leaf.itemsize for i in group.sources)
+    grid = min(BLOCK_NBYTES // widest, max_unit_nbytes // group.bytes_per_element)
+    if grid < 1 or widest > MAX_BLOCK_NBYTES:
+        raise UnsupportedStateError(
+            "too many leaves belong to one parameter for the host memory allowed",
+            leaf=sources[group.sources[0]].leaf.path,
+            hint="Raise max_host_bytes",
+        )
+    units: list[Unit] = []
+    start, stop = piece.start, piece.start + piece.count
+    while start < stop:
+        end = min(stop, (start // grid + 1) * grid)
+        units.append(Unit(partition, group.sources, start, end - start))
+        start = end
+    return units
+
+
+def _leaf(spec: LeafSpec, aliases: Sequence[str]) -> Leaf:
+    return Leaf(spec.path, spec.dtype, list(spec.shape), list(aliases))
+
+
+def _by_class(
+    sources: Sequence[LeafSource], schedule: PartitionSchedule, pieces: Sequence[GroupRange]
+) -> dict[tuple[str, str], int]:
+    nbytes: Counter[tuple[str, str]] = Counter()
+    for piece in pieces:
+        for i in schedule.groups[piece.group].sources:
+            leaf = sources[i].leaf
+            nbytes[leaf.kind, leaf.dtype] += piece.count * leaf.itemsize
+    return dict(nbytes)

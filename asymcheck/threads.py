@@ -1,0 +1,17 @@
+"""Background threads give way to training."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+LOW_PRIORITY_NICE = 10
+
+
+def run_at_low_priority() -> None:
+    """Lower the calling thread's scheduling priority where the system does so for one thread.
+
+    Linux does; elsewhere `setpriority` would change the whole process, so nothing happens.
+    """
+    if os.uname().sysname == "Linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY_NICE)

@@ -104,7 +104,8 @@ class KeyValueStore:
 
     def delete(self, key: str) -> None:
         """Remove an object; no error if it is not there."""
-        check_key(key)
+        if not self._exists(key):  # deleting makes the file driver create directories
+            return
         with _typed_errors("delete", self._url, key):
             self._kvstore.write(key, None).result()
 
@@ -118,6 +119,13 @@ class KeyValueStore:
         if found.state != "value":
             raise ObjectNotFoundError(f"no such object in {self._url}", object=key)
         return found.value
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self._read(key, 0, 0)
+        except ObjectNotFoundError:
+            return False
+        return True
 
     def _is_longer(self, key: str, nbytes: int) -> bool:
         try:

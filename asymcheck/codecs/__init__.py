@@ -1,0 +1,63 @@
+"""Codecs by id: how manifests and users name them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from asymcheck.codecs.base import Codec, Column, JsonValue
+from asymcheck.codecs.delta import DeltaCodec
+from asymcheck.codecs.plane import PlaneCodec
+from asymcheck.codecs.raw import RawCodec
+from asymcheck.codecs.topk import TopKCodec
+from asymcheck.codecs.zstd import ZstdCodec
+from asymcheck.errors import CodecError, FormatError, UnsupportedVersionError
+
+__all__ = [
+    "Codec",
+    "Column",
+    "DeltaCodec",
+    "JsonValue",
+    "PlaneCodec",
+    "RawCodec",
+    "TopKCodec",
+    "ZstdCodec",
+    "codec_by_name",
+    "codec_from_manifest",
+]
+
+_CODECS: dict[str, Callable[..., Codec]] = {
+    codec.id: codec for codec in (RawCodec, ZstdCodec, PlaneCodec, DeltaCodec, TopKCodec)
+}
+
+
+def codec_by_name(name: str) -> Codec:
+    """The codec of that id with its default parameters.
+
+    Raises:
+        CodecError: if there is none.
+    """
+    if name not in _CODECS:
+        raise CodecError("no codec of that name", expected=", ".join(_CODECS), found=name)
+    return _CODECS[name]()
+
+
+def codec_from_manifest(id: str, params: Mapping[str, JsonValue]) -> Codec:
+    """The codec that a manifest records by its `id` and `params`.
+
+    Raises:
+        UnsupportedVersionError: if this version has no codec of that id.
+        FormatError: if the parameters are not exactly that codec's.
+        CodecError: if a parameter has a wrong type or is out of range.
+    """
+    if id not in _CODECS:
+        raise UnsupportedVersionError(
+            f"unknown codec {id!r}",
+            expected=", ".join(_CODECS),
+            hint="Read the checkpoint with a newer version of this library.",
+        )
+    expected = sorted(codec_by_name(id).params)
+    if sorted(params) != expected:
+        raise FormatError(
+            f"wrong parameters of codec {id!r}", expected=expected, found=sorted(params)
+        )
+    return _CODECS[id](**params)

@@ -1,0 +1,69 @@
+"""The kernels in NumPy, for where numba is not: the same bytes, at a fraction of the speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from asymcheck.codecs.kernels import Bytes, Words
+
+_BLOCK_WORDS = 1 << 16  # temporaries that stay in the second-level cache
+
+
+def _blocks(n_words: int) -> Iterator[slice]:
+    for start in range(0, n_words, _BLOCK_WORDS):
+        yield slice(start, min(start + _BLOCK_WORDS, n_words))
+
+
+def _planes_of(words: Words, planes: Bytes, block: slice) -> None:
+    """Write the planes of `words`, which are the words of `block`, to their place in `planes`."""
+    width = words.itemsize
+    rows = planes.reshape(width, -1)
+    shifted = np.empty_like(words)
+    np.copyto(rows[0, block], words, casting="unsafe")
+    for k in range(1, width):
+        np.right_shift(words, words.dtype.type(8 * k), out=shifted)
+        np.copyto(rows[k, block], shifted, casting="unsafe")
+
+
+def _zigzag(difference: Words) -> Words:
+    word = difference.dtype.type
+    sign = difference >> word(8 * difference.itemsize - 1)
+    return (difference << word(1)) ^ np.negative(sign)
+
+
+def _unzigzag(zigzag: Words) -> Words:
+    word = zigzag.dtype.type
+    return (zigzag >> word(1)) ^ np.negative(zigzag & word(1))
+
+
+class NumpyKernels:
+    """`Kernels` in NumPy."""
+
+    def split(self, words: Words, planes: Bytes) -> None:
+        """See `Kernels.split`."""
+        for block in _blocks(words.size):
+            _planes_of(words[block], planes, block)
+
+    def split_difference(self, new: Words, old: Words, planes: Bytes) -> None:
+        """See `Kernels.split_difference`."""
+        for block in _blocks(new.size):
+            _planes_of(_zigzag(new[block] - old[block]), planes, block)
+
+    def merge(self, planes: Sequence[Bytes], words: Words) -> None:
+        """See `Kernels.merge`."""
+        byte = words.dtype.type(8)
+        for block in _blocks(words.size):
+            part = words[block]
+            np.copyto(part, planes[-1][block])
+            for plane in reversed(planes[:-1]):
+                np.left_shift(part, byte, out=part)
+                np.bitwise_or(part, plane[block], out=part)
+
+    def merge_difference(self, planes: Sequence[Bytes], words: Words) -> None:
+        """See `Kernels.merge_difference`."""
+        for block in _blocks(words.size):
+            zigzag = np.empty_like(words[block])
+            self.merge([plane[block] for plane in planes], zigzag)
+            words[block] += _unzigzag(zigzag)

@@ -1,0 +1,185 @@
+"""The payload of plane coding: n words of w bytes as w byte planes, each coded by itself.
+
+Byte k of word i is byte i of plane k. In a float the high planes (sign, exponent) compress and
+the low ones (mantissa) do not; those are stored as they are and cost a copy.
+
+Layout, integers little-endian:
+
+| offset | bytes | field |
+| --- | --- | --- |
+| 0 | 1 | w, the width of a word: 1, 2, 4 or 8 |
+| 1 + 9k | 1 | mode of plane k, for k = 0 … w−1 (0: least significant) |
+| 2 + 9k | 8 | length of the body of plane k, unsigned |
+| 1 + 9w | | the bodies, in the order of the planes, nothing between or after them |
+
+| mode | body | length |
+| --- | --- | --- |
+| 0 raw | the plane | n |
+| 1 zstd | a zstd frame that declares n bytes of content and a window of at most n | 1 to n−1 |
+| 2 constant | the byte that the whole plane consists of; n > 0 | 1 |
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asymcheck.codecs import _zstd
+from asymcheck.codecs.kernels import Bytes, Words, kernels
+from asymcheck.errors import CodecError
+
+_RAW, _ZSTD, _CONSTANT = range(3)
+_PLANE = struct.Struct("<BQ")
+
+_SAMPLE_STRETCHES = 64
+_SAMPLE_STRETCH_BYTES = 128
+_SAMPLE_BYTES = _SAMPLE_STRETCHES * _SAMPLE_STRETCH_BYTES
+_MATCHING: _zstd.Preset = _zstd.at_level(1)
+
+
+def encode(words: Words) -> memoryview:
+    """The payload of `words`."""
+    return _encode(words, lambda planes: kernels().split(words, planes))
+
+
+def encode_difference(new: Words, old: Words) -> memoryview:
+    """The payload of the differences of the bit patterns, zigzag(new − old)."""
+    return _encode(new, lambda planes: kernels().split_difference(new, old, planes))
+
+
+def decode(payload: memoryview, words: Words) -> None:
+    """Inverse of `encode`: fill `words`.
+
+    Raises:
+        CodecError: if `payload` does not follow the layout for that many words of that width;
+            `words` is then unchanged.
+    """
+    kernels().merge(_decode_planes(payload, words.itemsize, words.size), words)
+
+
+def decode_difference(payload: memoryview, words: Words) -> None:
+    """Inverse of `encode_difference`, in place: `words` holds old before and new after.
+
+    Raises:
+        CodecError: as `decode` does.
+    """
+    kernels().merge_difference(_decode_planes(payload, words.itemsize, words.size), words)
+
+
+def _header_bytes(width: int) -> int:
+    return 1 + width * _PLANE.size
+
+
+def _encode(words: Words, split: Callable[[Bytes], None]) -> memoryview:
+    """The planes are split to where they stay if they are raw, and only coded ones moved."""
+    header = _header_bytes(words.itemsize)
+    out = np.empty(header + words.nbytes, np.uint8)
+    split(out[header:])
+    end = _code_planes(out, words.itemsize, words.size)
+    out.resize(end, refcheck=False)  # no view of `out` is left; gives the unused end back
+    return out.data
+
+
+def _code_planes(out: Bytes, width: int, n: int) -> int:
+    """Write the header of `out` and replace its planes by their bodies; the end of the last."""
+    header = _header_bytes(width)
+    out[0] = width
+    presets = _presets(out[header:].reshape(width, n))
+    end = header
+    for k, preset in enumerate(presets):
+        plane = out[header + k * n : header + (k + 1) * n]
+        mode, body = _body(plane, preset)
+        out[end : end + body.size] = body  # never past the plane's own place
+        _PLANE.pack_into(out.data, 1 + k * _PLANE.size, mode, body.size)
+        end += body.size
+    return end
+
+
+def _body(plane: Bytes, preset: _zstd.Preset | None) -> tuple[int, Bytes]:
+    if preset is None:
+        return _RAW, plane
+    if (plane == plane[0]).all():
+        return _CONSTANT, plane[:1]
+    frame = np.frombuffer(_zstd.compress(plane.data, preset), np.uint8)
+    return (_ZSTD, frame) if frame.size < plane.size else (_RAW, plane)
+
+
+def _presets(planes: NDArray[np.uint8]) -> list[_zstd.Preset | None]:
+    """How to code each row of `planes`, found by coding a sample of it; None is raw."""
+    return [_preset(sample) for sample in _samples(planes)]
+
+
+def _samples(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Stretches of each row at the same distance: short ones show the frequencies of bytes and
+    whether they repeat."""
+    width, n = planes.shape
+    if n <= _SAMPLE_BYTES:
+        return planes
+    distance = n // _SAMPLE_STRETCHES
+    stretches = planes[:, : distance * _SAMPLE_STRETCHES].reshape(width, -1, distance)
+    return stretches[:, :, :_SAMPLE_STRETCH_BYTES].reshape(width, -1)
+
+
+def _preset(sample: NDArray[np.uint8]) -> _zstd.Preset | None:
+    """Raw unless a coder gains 5 %; Huffman codes unless matches gain another 10 %.
+
+    Huffman codes alone are two to four times faster both ways, so matches are only for planes
+    that are nearly constant or have long runs.
+    """
+    huffman = len(_zstd.compress(sample.data, _zstd.HUFFMAN))
+    matching = len(_zstd.compress(sample.data, _MATCHING))
+    if 20 * min(huffman, matching) > 19 * sample.size:
+        return None
+    return _MATCHING if 10 * matching < 9 * huffman else _zstd.HUFFMAN
+
+
+def _decode_planes(payload: memoryview, width: int, n: int) -> list[Bytes]:
+    """The planes, `width` arrays of `n` bytes; raw ones are views of `payload`."""
+    entries = _read_header(payload, width)
+    for mode, length in entries:
+        _check_entry(mode, length, n)
+    start = _header_bytes(width)
+    end = start + sum(length for _, length in entries)
+    if end != payload.nbytes:
+        raise CodecError("coded planes of a wrong length", expected=end, found=payload.nbytes)
+    planes: list[Bytes] = []
+    for mode, length in entries:
+        planes.append(_decode_body(mode, payload[start : start + length], n))
+        start += length
+    return planes
+
+
+def _read_header(payload: memoryview, width: int) -> list[tuple[int, int]]:
+    header = _header_bytes(width)
+    if payload.nbytes < header:
+        raise CodecError(
+            "coded planes end within their header", expected=header, found=payload.nbytes
+        )
+    if payload[0] != width:
+        raise CodecError("planes of words of another width", expected=width, found=payload[0])
+    return [(mode, length) for mode, length in _PLANE.iter_unpack(payload[1:header])]
+
+
+def _check_entry(mode: int, length: int, n: int) -> None:
+    allowed = {
+        _RAW: range(n, n + 1),
+        _ZSTD: range(1, n),
+        _CONSTANT: range(1, 1 + min(n, 1)),
+    }
+    if mode not in allowed:
+        raise CodecError("unknown mode of a plane", expected="0, 1 or 2", found=mode)
+    if length not in allowed[mode]:
+        raise CodecError(
+            f"wrong length of a plane in mode {mode}", expected=allowed[mode], found=length
+        )
+
+
+def _decode_body(mode: int, body: memoryview, n: int) -> Bytes:
+    if mode == _CONSTANT:
+        return np.full(n, body[0], np.uint8)
+    if mode == _ZSTD:
+        return np.frombuffer(_zstd.decompress(body, n), np.uint8)
+    return np.frombuffer(body, np.uint8)

@@ -58,6 +58,7 @@ class Attempt:
     stall_s: float = 0.0
     in_window_nbytes: int = 0
     used_base: bool = False
+    published: bool = False  # the record may stand, whatever the store said: keep the objects
 
     def __post_init__(self) -> None:
         self.error: BaseException | None = None

@@ -25,7 +25,7 @@ from asymcheck.commit import (
     publish,
     seal_commit,
 )
-from asymcheck.errors import AsymCheckError, CommitError, ObjectNotFoundError
+from asymcheck.errors import AsymCheckError, CommitError, ObjectNotFoundError, StepExistsError
 from asymcheck.index import merge
 from asymcheck.lease import LeaseKeeper
 from asymcheck.manifest import (
@@ -122,7 +122,8 @@ class Committer:
             except BaseException as error:
                 attempt.fail(error)
         self._last = None
-        self._clean_up(attempt)
+        if not attempt.published:
+            self._clean_up(attempt)
 
     def _commit(self, attempt: Attempt) -> tuple[CommitRecord, str]:
         if attempt.used_base and (self._last is None or self._last[0].step != attempt.base_step):
@@ -152,7 +153,12 @@ class Committer:
         self._before_commit(attempt)
         sealed_record = seal_commit(record)
         self._lease.check()
-        publish(self._store, attempt.step, sealed_record)
+        attempt.published = True
+        try:
+            publish(self._store, attempt.step, sealed_record)
+        except StepExistsError:
+            attempt.published = False
+            raise
         return record, sha256(sealed_record)
 
     def _record(

@@ -12,8 +12,8 @@ from asymcheck import tree
 from asymcheck.codecs import codec_from_manifest
 from asymcheck.codecs.base import Codec
 from asymcheck.commit import CommitRecord, read_commit, read_manifests
-from asymcheck.errors import CheckpointNotFoundError, CorruptionError, FormatError
-from asymcheck.manifest import Block, Manifest, iterate_blocks, leaf_specs
+from asymcheck.errors import CheckpointNotFoundError, CodecError, CorruptionError, FormatError
+from asymcheck.manifest import Block, CodecUse, Manifest, iterate_blocks, leaf_specs
 from asymcheck.state import LeafSpec, ShardSpec
 from asymcheck.stores.base import Store
 
@@ -125,7 +125,7 @@ def _add(index: StepIndex, manifest: Manifest) -> None:
         known = index.leaves.setdefault(spec.path, LeafIndex(spec, list(leaf.aliases)))
         if known.spec != spec or known.aliases != leaf.aliases:
             raise FormatError("two writers describe a leaf differently", leaf=spec.path)
-    codecs = [codec_from_manifest(use.id, use.params) for use in manifest.codecs]
+    codecs = [_codec(use) for use in manifest.codecs]
     boxes = [_box(index, specs[s.leaf], s.offset, s.shape) for s in manifest.shards]
     for block in iterate_blocks(manifest):
         group = (manifest.writer, block.group)
@@ -133,6 +133,13 @@ def _add(index: StepIndex, manifest: Manifest) -> None:
         stored.box.blocks.append(stored)
         if stored.codec.joint:
             index.groups.setdefault(group, []).append(stored)
+
+
+def _codec(use: CodecUse) -> Codec:
+    try:
+        return codec_from_manifest(use.id, use.params)
+    except CodecError as error:
+        raise FormatError(f"impossible parameters of codec {use.id!r}: {error}") from error
 
 
 def _box(index: StepIndex, spec: LeafSpec, offset: list[int], shape: list[int]) -> BoxIndex:
@@ -220,4 +227,3 @@ def _load_parent(store: Store, step: int, parent: int, sha256: str) -> StepIndex
             found=f"{index.sha256[:16]}...",
         )
     return index
-

@@ -1,8 +1,9 @@
 """Which runs are alive, so that nobody collects the packs of a run that is still writing.
 
 A run keeps a small object `runs/<run>/w<writer>-<n>.json` that says until when it is to be left
-alone, and replaces it by one with a later time while it lives (every writer of a run has its own). Keys are never reused. On the host where the
-run was started a dead process is known at once; elsewhere its time must have passed.
+alone, and replaces it by one with a later time while it lives (every writer of a run has its
+own). Keys are never reused. On the host where the run was started a dead process is known at
+once; elsewhere its time must have passed.
 """
 
 from __future__ import annotations

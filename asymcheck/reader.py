@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any, SupportsIndex, cast
 
 import numpy as np
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from asymcheck import tree
 from asymcheck.commit import committed_steps
-from asymcheck.errors import CheckpointNotFoundError, CorruptionError
+from asymcheck.errors import CheckpointNotFoundError, CorruptionError, StateMismatchError
 from asymcheck.index import LeafIndex, StepIndex, load_chain
 from asymcheck.reshard import Overlap, overlaps, within
 from asymcheck.restore import ChainReader, Want, newest_good
-from asymcheck.state import LeafSpec, ShardSpec, dtype_of
+from asymcheck.state import ArraySource, LeafSpec, ShardSpec, dtype_of, numpy_view
 from asymcheck.stores import open_store
 from asymcheck.stores.base import Store
 
-Index = SupportsIndex | slice | type(Ellipsis) | tuple[Any, ...]
+Index = SupportsIndex | slice | EllipsisType | tuple[Any, ...]
 
 
 def default_threads() -> int:
@@ -116,7 +116,7 @@ def _range_of(item: Any, length: int) -> tuple[int, int, Any]:
             high - low + 1,
             slice(None, None, indices.step) if backwards else slice(0, None, indices.step),
         )
-    if not hasattr(item, "__index__") or isinstance(item, bool | np.bool_):
+    if not hasattr(item, "__index__") or isinstance(item, (bool, np.bool_)):
         raise TypeError(
             f"a lazy array takes integers, slices and '...', not {type(item).__name__}; "
             "read it with [...] first"
@@ -189,8 +189,10 @@ class Checkpoint(Mapping[str, LazyArray]):
         moves: list[Callable[[], None]] = []
         for path, destination in destinations.items():
             leaf = self._leaf(path)
-            for overlap in overlaps(destination.shard, list(leaf.boxes)):
-                wants.append(_want(leaf.spec, destination, overlap, moves))
+            wants.extend(
+                _want(leaf.spec, destination, overlap, moves)
+                for overlap in overlaps(destination.shard, list(leaf.boxes))
+            )
         self._reader.read(wants)
         for move in moves:
             move()
@@ -299,3 +301,52 @@ def _open_or_list(store: Store, step: int) -> Checkpoint:
         shown = ", ".join(map(str, steps[-8:])) or "none"
         error.hint = f"Committed steps of {store.url}: {'..., ' if len(steps) > 8 else ''}{shown}"
         raise
+
+
+def fill_target(checkpoint: Checkpoint, target: object) -> Any:
+    """Fill a state of NumPy arrays in place from a checkpoint, and return it.
+
+    Arrays are filled; everything else (scalars, strings, bytes) is replaced in the state that
+    is returned.
+
+    Raises:
+        StateMismatchError: paths, shapes or dtypes differ; nothing was changed.
+    """
+    view = numpy_view(target)
+    wanted = {source.leaf.path: source for source in view.sources}
+    problems = mismatches(checkpoint.leaves, {p: s.leaf for p, s in wanted.items()})
+    if problems:
+        raise StateMismatchError(
+            "the target differs from the checkpoint: " + "; ".join(problems), step=checkpoint.step
+        )
+    arrays = {path: cast("ArraySource", source).array for path, source in wanted.items()}
+    buffers = {p: a if _fillable(a) else np.empty(a.shape, a.dtype) for p, a in arrays.items()}
+    checkpoint.read_into(
+        {
+            path: Destination(ShardSpec.whole(a.shape), a.reshape(-1).view(np.uint8))
+            for path, a in buffers.items()
+        }
+    )
+    for path, array in arrays.items():
+        if buffers[path] is not array and array.flags.writeable:
+            np.copyto(array, buffers[path])
+            buffers[path] = array
+    return tree.unflatten(checkpoint.structure, buffers.__getitem__)
+
+
+def _fillable(array: NDArray[Any]) -> bool:
+    return array.flags.c_contiguous and array.flags.writeable
+
+
+def mismatches(stored: Mapping[str, LeafSpec], wanted: Mapping[str, LeafSpec]) -> list[str]:
+    """Every difference between two sets of leaves, in words."""
+    problems = [f"{path} is not in the checkpoint" for path in wanted if path not in stored]
+    problems += [f"{path} is not in the target" for path in stored if path not in wanted]
+    for path, spec in wanted.items():
+        other = stored.get(path)
+        if other is not None and other != spec:
+            problems.append(
+                f"{path} is {other.dtype}{list(other.shape)} in the checkpoint and "
+                f"{spec.dtype}{list(spec.shape)} in the target"
+            )
+    return problems

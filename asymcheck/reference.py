@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 from numpy.typing import NDArray
 
-from asymcheck.buffers import Allocate
 from asymcheck.plan import Plan, Unit
 
 
@@ -16,18 +17,22 @@ class Reference:
     attempt may be encoded from it. Blocks are disjoint, so several threads may work at once.
     """
 
-    def __init__(self, plan: Plan, allocate: Allocate) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.signature = plan.signature
         self.holds: str | None = None
-        self._owned = plan.owned
+        self._first = [start for start, _ in plan.owned]
         self._itemsizes = [spec.itemsize for spec in plan.specs]
-        self._arrays = [
-            allocate(count * itemsize) if count else np.empty(0, np.uint8)
-            for (_, count), itemsize in zip(plan.owned, self._itemsizes, strict=True)
-        ]
+        sizes = [count * n for (_, count), n in zip(plan.owned, self._itemsizes, strict=True)]
+        self._begins = [0, *accumulate(sizes)]
+        self._bytes = np.empty(self._begins[-1], np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held."""
+        return self._bytes.nbytes
 
     def view(self, unit: Unit, source: int) -> NDArray[np.uint8]:
         """The bytes of a unit's source."""
         itemsize = self._itemsizes[source]
-        begin = (unit.start - self._owned[source][0]) * itemsize
-        return self._arrays[source][begin : begin + unit.count * itemsize]
+        begin = self._begins[source] + (unit.start - self._first[source]) * itemsize
+        return self._bytes[begin : begin + unit.count * itemsize]

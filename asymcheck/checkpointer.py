@@ -1,0 +1,656 @@
+"""Wiring and life cycle: the parts put together, in the order of the way of the data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from asymcheck.attempt import Attempt, PendingSave, failure
+from asymcheck.batching import derive_pack_nbytes
+from asymcheck.buffers import ALIGNMENT, Allocate, BufferPool, page_aligned
+from asymcheck.calibration import calibrate_writes
+from asymcheck.commit import committed_steps, read_commit, read_manifests, retire
+from asymcheck.committer import Committer
+from asymcheck.cost import CostModel
+from asymcheck.encode import Encoder
+from asymcheck.errors import (
+    AsymCheckError,
+    CheckpointNotFoundError,
+    ClosedError,
+    CorruptionError,
+    FormatError,
+    StepExistsError,
+    UnsupportedStateError,
+)
+from asymcheck.flush import FlushQueue
+from asymcheck.idle import IdleProfile
+from asymcheck.lease import LeaseKeeper
+from asymcheck.manifest import MAX_STEP
+from asymcheck.partition import Phase, Window
+from asymcheck.plan import Plan, make_plan, signature_of
+from asymcheck.reader import Checkpoint, fill_target, open_step
+from asymcheck.reference import Reference
+from asymcheck.restore import newest_good
+from asymcheck.retention import (
+    Committed,
+    Retention,
+    apply,
+    collect_orphans,
+    remove_step,
+    survey,
+)
+from asymcheck.snapshot import Capture, Snapshotter
+from asymcheck.state import StateView, numpy_view
+from asymcheck.stores import open_store
+from asymcheck.stores.base import Store
+from asymcheck.strategies import by_name
+from asymcheck.strategy import Strategy
+from asymcheck.trace import Trace
+
+T = TypeVar("T")
+_log = logging.getLogger("asymcheck")
+
+PUTS_IN_FLIGHT = 4
+MIN_PACK_NBYTES = 1 << 20
+MAX_BUFFER_NBYTES = 32 << 20
+MIN_HOST_NBYTES = 1 << 20
+
+
+class Checkpointer:
+    """Saves and restores the steps of one run.
+
+    Saving never blocks for the store: `save` returns when every byte is captured, and the rest
+    happens in background threads. A step is there when its commit record is; everything else
+    that a crash leaves is invisible and collected later. Use from one thread; close it, or use
+    it as a context manager.
+
+    Args:
+        url: where the run is kept: a path or a URL (see `open_store`), or a `Store`.
+        strategy: a `Strategy` or its name: "asymcheck", "asymcheck-s", "asymcheck-naive" or
+            "synchronous".
+        max_host_bytes: bound on host memory for buffers and the increments' reference.
+        max_to_keep: keep the newest so many steps (and what they decode from); None keeps all.
+        keep_every: also keep steps that are multiples of this.
+        max_chain: an increment has at most so many steps below it; 0 stores every step in full.
+        on_error: a failed save raises `SaveFailedError` at the next call ("raise"), or is logged
+            while training goes on ("warn").
+        writer, writers: this process's number and their count; all write the same run.
+        run_id: a name that all writers of this run share, [0-9a-z]; required for several.
+        stall_timeout_s: how long training waits for host memory when the store does not keep
+            up before it gives the save up.
+        commit_timeout_s: how long writers wait for each other.
+        lease_s: how long others leave this run's uncommitted objects alone if it vanishes.
+        cost_model: a fitted one; by default the run's last, else measured at the first save.
+        allocate: gives page-aligned host buffers (pinned, for a device).
+        encode_threads: codecs running at once; by default half the cores, at most 8.
+
+    Raises:
+        ValueError: arguments out of range.
+        StoreError: the URL names no store.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | Store,
+        *,
+        strategy: str | Strategy = "asymcheck",
+        max_host_bytes: int = 4 << 30,
+        max_to_keep: int | None = None,
+        keep_every: int | None = None,
+        max_chain: int = 10,
+        on_error: Literal["raise", "warn"] = "raise",
+        writer: int = 0,
+        writers: int = 1,
+        run_id: str | None = None,
+        stall_timeout_s: float = 300.0,
+        commit_timeout_s: float = 300.0,
+        lease_s: float = 120.0,
+        cost_model: CostModel | None = None,
+        allocate: Allocate = page_aligned,
+        encode_threads: int | None = None,
+    ) -> None:
+        self.strategy = by_name(strategy)
+        self._check(max_host_bytes, max_chain, on_error, writer, writers, run_id)
+        self._store = open_store(url) if isinstance(url, str | os.PathLike) else url
+        self._retention = Retention(max_to_keep, keep_every)
+        self._max_host_nbytes = max_host_bytes
+        self._max_chain = max_chain
+        self._on_error = on_error
+        self._writer, self._writers = writer, writers
+        self._run_id = run_id or secrets.token_hex(8)
+        self._allocate = allocate
+        self.trace = Trace()
+        self._cost = cost_model
+        self._profile: IdleProfile | None = None
+        self._attempts = 0
+        self._plan: Plan | None = None
+        self._planned_windows: list[Window] = []
+        self._reference: Reference | None = None
+        self._last: Attempt | None = None
+        self._capture: Capture | None = None
+        self._unreported: list[Attempt] = []
+        self._background_errors: list[AsymCheckError] = []
+        self._errors_lock = threading.Lock()
+        self._known: dict[int, Committed] = {}
+        self._passed_over: list[int] = []
+        self._swept = False
+        self._closed = False
+        self._pipeline: _Pipeline | None = None
+        self._options = (stall_timeout_s, commit_timeout_s, lease_s, encode_threads)
+
+    @staticmethod
+    def _check(
+        max_host_bytes: int,
+        max_chain: int,
+        on_error: str,
+        writer: int,
+        writers: int,
+        run_id: str | None,
+    ) -> None:
+        if max_host_bytes < MIN_HOST_NBYTES:
+            raise ValueError(f"max_host_bytes must be at least {MIN_HOST_NBYTES}")
+        if max_chain < 0:
+            raise ValueError("max_chain must not be negative")
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f"on_error must be 'raise' or 'warn', not {on_error!r}")
+        if not 0 <= writer < writers:
+            raise ValueError(f"writer {writer} is not one of {writers}")
+        if writers > 1 and run_id is None:
+            raise ValueError("several writers need a run_id that they share")
+        if run_id is not None and not (run_id.isalnum() and run_id.islower() and run_id.isascii()):
+            raise ValueError("run_id must be of the characters [0-9a-z], with a letter among them")
+
+    # -- saving ----------------------------------------------------------------------------
+
+    def save(
+        self, step: int, state: object, metadata: Mapping[str, Any] | None = None
+    ) -> PendingSave:
+        """Save a state of NumPy arrays; returns when every byte is captured.
+
+        Args:
+            step: its number; a committed step is never overwritten.
+            state: nested dict, list, tuple of arrays, scalars, bytes, str and None.
+            metadata: a JSON object, kept with the step.
+
+        Raises:
+            UnsupportedStateError: the state or the metadata cannot be represented.
+            StepExistsError: the step is committed.
+            SaveFailedError: an earlier save failed (with on_error="raise").
+        """
+        capture = self.begin(step, numpy_view(state), metadata=metadata)
+        capture.finish()
+        if self.strategy.blocking:
+            capture.pending.wait()
+        return capture.pending
+
+    def begin(
+        self,
+        step: int,
+        view: StateView,
+        *,
+        windows: Sequence[Window] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Capture:
+        """Begin to capture a state that stays as it is until `finish` of the result returned.
+
+        For adapters. An unfinished capture before is finished first.
+
+        Args:
+            step, metadata: as for `save`.
+            view: the state.
+            windows: the windows that the coming cycle is expected to have; used until the
+                profile has measured them.
+
+        Raises:
+            UnsupportedStateError, StepExistsError, SaveFailedError: as for `save`.
+        """
+        begun_s = time.monotonic()
+        if self._capture is not None:
+            self._capture.finish()
+        self.raise_errors()
+        if not 0 <= step <= MAX_STEP:
+            raise ValueError(f"step {step} is not within 0 and {MAX_STEP}")
+        metadata = _plain_json(metadata or {}, step)
+        pipeline = self._open_pipeline()
+        if step in self._known and step not in self._passed_over:
+            raise StepExistsError(
+                "the step is committed already",
+                step=step,
+                hint="Save a later step, or discard_after() an earlier one first",
+            )
+        plan = self._plan_for(view, windows, pipeline)
+        attempt = self._new_attempt(step, view, plan, metadata, pipeline)
+        capture = Capture(
+            attempt,
+            view.sources,
+            pipeline.encoder,
+            pack_per_partition=not self.strategy.batched,
+            cost=pipeline.cost,
+            trace=self.trace,
+        )
+        pipeline.encoder.begin(attempt, self._reference)
+        pipeline.committer.submit(attempt)
+        self._last, self._capture = attempt, capture
+        capture.add_stall(time.monotonic() - begun_s)
+        if self.strategy.windows:
+            pipeline.snapshotter.start(capture)
+        return capture
+
+    def _new_attempt(
+        self,
+        step: int,
+        view: StateView,
+        plan: Plan,
+        metadata: dict[str, Any],
+        pipeline: _Pipeline,
+    ) -> Attempt:
+        number, self._attempts = self._attempts, self._attempts + 1
+        base = self._base_for(step, plan, number)
+        self._keep_reference(plan, pipeline)
+        attempt = Attempt(
+            step=step,
+            name=f"{self._run_id}-{number:06d}",
+            writer=self._writer,
+            writers=self._writers,
+            plan=plan,
+            structure=view.structure,
+            metadata=metadata if self._writer == 0 else {},
+            base_step=base.step if base is not None and self._reference is not None else None,
+            previous=self._last,
+            pack_nbytes=self._pack_nbytes(plan, pipeline),
+        )
+        if self._last is not None:
+            self._last.previous = None  # only the one before is ever waited for
+        if self._reference is not None:
+            self._reference.holds = attempt.name
+        return attempt
+
+    def _base_for(self, step: int, plan: Plan, number: int) -> Attempt | None:
+        """The attempt to build an increment on, if that may be.
+
+        Bases stand at fixed numbers, so that the writers agree on them without talking.
+        """
+        last, reference = self._last, self._reference
+        if last is None or reference is None or number % (self._max_chain + 1) == 0:
+            return None
+        whole = reference.holds == last.name and reference.signature == plan.signature
+        return last if whole and last.error is None and last.step < step else None
+
+    def _keep_reference(self, plan: Plan, pipeline: _Pipeline) -> None:
+        """Hold the predecessor in memory where increments pay and the bound allows it."""
+        if self._reference is not None and self._reference.signature != plan.signature:
+            self._reference = None
+        if self._reference is not None or self._max_chain == 0:
+            return
+        totals: dict[tuple[str, str], int] = {}
+        for partition in plan.partitions:
+            for key, nbytes in partition.nbytes_by_class.items():
+                totals[key] = totals.get(key, 0) + nbytes
+        if not self.strategy.policy.wants_base(totals, pipeline.cost):
+            return
+        left = pipeline.capture_nbytes - plan.nbytes
+        if left < 2 * pipeline.buffer_nbytes:
+            _log.warning(
+                "increments would pay, but the reference of %d bytes does not fit into "
+                "max_host_bytes=%d: every step is stored in full",
+                plan.nbytes,
+                self._max_host_nbytes,
+            )
+            return
+        pipeline.capture_pool.limit(left)
+        self._reference = Reference(plan)
+
+    def _plan_for(
+        self, view: StateView, windows: Sequence[Window] | None, pipeline: _Pipeline
+    ) -> Plan:
+        chosen = self._windows(windows)
+        plan = self._plan
+        if (
+            plan is None
+            or chosen != self._planned_windows
+            or plan.signature != signature_of(view.sources, view.aliases)
+        ):
+            plan = make_plan(view.sources, view.aliases, chosen, pipeline.buffer_nbytes)
+            self._plan, self._planned_windows = plan, chosen
+        return plan
+
+    def _windows(self, expected: Sequence[Window] | None) -> list[Window]:
+        if not self.strategy.windows:
+            return [Window(Phase.FORWARD, 0, 0.0)]
+        return self.profile.windows() or list(expected or [Window(Phase.FORWARD, 0, 0.0)])
+
+    def _pack_nbytes(self, plan: Plan, pipeline: _Pipeline) -> int:
+        if not self.strategy.batched:
+            return pipeline.buffer_nbytes
+        put = pipeline.cost.line("put")
+        return derive_pack_nbytes(
+            volume_nbytes=max(plan.nbytes, 1),
+            alpha_s=put.alpha_s,
+            beta_s_per_byte=put.beta_s_per_byte,
+            fill_s_per_byte=pipeline.cost.line("copy").beta_s_per_byte,
+            puts_in_flight=PUTS_IN_FLIGHT,
+            max_nbytes=pipeline.buffer_nbytes,
+            min_nbytes=min(MIN_PACK_NBYTES, pipeline.buffer_nbytes),
+        )
+
+    # -- restoring -------------------------------------------------------------------------
+
+    def restore(self, step: int | None = None, target: object = None) -> Any:
+        """The state of a step, with NumPy arrays.
+
+        Args:
+            step: which; None for the newest good one: damaged steps are passed over, loudly,
+                and give way when training commits again.
+            target: a state of arrays to fill in place (and return); it must have the same
+                paths, shapes and dtypes, which is checked before anything is changed.
+
+        Raises:
+            CheckpointNotFoundError: no such step, or none that is whole.
+            StateMismatchError: the target differs; all differences are listed.
+            CorruptionError, FormatError: the step asked for by number is damaged.
+            StoreError: the store failed.
+        """
+        if target is None:
+            return self.restore_with(lambda checkpoint: checkpoint.state(), step)
+        return self.restore_with(lambda checkpoint: fill_target(checkpoint, target), step)
+
+    def restore_with(self, fill: Callable[[Checkpoint], T], step: int | None = None) -> T:
+        """`fill(checkpoint)` for a step, as `restore` chooses it; for adapters.
+
+        On `CorruptionError` or `FormatError` from `fill` the next older step is tried (unless a
+        step was asked for), so `fill` may be called several times.
+        """
+        if step is not None:
+            return fill(open_step(self._store, step))
+        passed_over: list[int] = []
+        result = newest_good(
+            self._store,
+            lambda s: fill(open_step(self._store, s)),
+            lambda s, _: passed_over.append(s),
+        )
+        self._passed_over = passed_over
+        return result
+
+    def steps(self) -> list[int]:
+        """All committed steps, ascending."""
+        return committed_steps(self._store)
+
+    def latest_step(self) -> int | None:
+        """The newest committed step; whether it is whole shows when it is restored."""
+        return max(self.steps(), default=None)
+
+    def discard_after(self, step: int) -> list[int]:
+        """Delete all steps later than `step`, so that training can go on from it; their numbers.
+
+        The user's decision, hence by hand: nothing else deletes good steps but the retention.
+        """
+        self.wait()
+        later = [c for s, c in survey(self._store).items() if s > step]
+        for committed in sorted(later, key=lambda c: -c.step):
+            remove_step(self._store, committed)
+            self._known.pop(committed.step, None)
+        return sorted(c.step for c in later)
+
+    # -- life cycle ------------------------------------------------------------------------
+
+    @property
+    def profile(self) -> IdleProfile:
+        """The idle windows; adapters feed it (`observe`) one cycle at a time."""
+        if self._profile is None:
+            self._start_warm()
+        assert self._profile is not None
+        return self._profile
+
+    @property
+    def cost(self) -> CostModel:
+        """The fitted costs of copying, encoding and writing."""
+        if self._cost is None:
+            self._start_warm()
+        assert self._cost is not None
+        return self._cost
+
+    @property
+    def host_nbytes(self) -> int:
+        """Host memory held now for buffers and the reference; never above `max_host_bytes`."""
+        pipeline = self._pipeline
+        if pipeline is None:
+            return 0
+        held = pipeline.capture_pool.allocated_nbytes + pipeline.pack_pool.allocated_nbytes
+        return held + (self._reference.nbytes if self._reference is not None else 0)
+
+    def raise_errors(self) -> None:
+        """Raise what failed in the background since the last call, once (on_error="raise").
+
+        Raises:
+            SaveFailedError: a save failed.
+            StoreError: cleaning up failed.
+            ClosedError: the checkpointer is closed.
+        """
+        if self._closed:
+            raise ClosedError("the checkpointer is closed")
+        with self._errors_lock:
+            failed = [a for a in self._unreported if not a.reported]
+            other, self._background_errors = self._background_errors, []
+            self._unreported = []
+        if self._on_error == "warn":
+            return
+        if failed:
+            failed[0].reported = True
+            raise failure(failed[0]) from failed[0].error
+        if other:
+            raise other[0]
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when everything saved so far is committed; the barrier of the flush queue.
+
+        Raises:
+            SaveFailedError: a save failed (with on_error="raise").
+            TimeoutError: it takes longer.
+        """
+        if self._capture is not None:
+            self._capture.finish()
+        if self._last is not None and not self._last.finished.wait(timeout_s):
+            raise TimeoutError(
+                f"step {self._last.step} is not durable after {timeout_s} s: the store hangs or "
+                "is slow; earlier steps are as they were"
+            )
+        self.raise_errors()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Finish what is under way, end all threads, then raise what `wait` would.
+
+        Args:
+            timeout_s: give up waiting for the store after that; what is under way is then lost
+                (its threads are abandoned), and `TimeoutError` says so.
+        """
+        if self._closed:
+            return
+        try:
+            self.wait(timeout_s)
+        finally:
+            self._closed = True
+            if self._pipeline is not None:
+                self._pipeline.close(abandon=not self._all_finished())
+            self._store.close()
+
+    def _all_finished(self) -> bool:
+        return self._last is None or self._last.finished.is_set()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- behind the scenes -----------------------------------------------------------------
+
+    def _start_warm(self) -> None:
+        """Take over the cost model and the profile of the newest step that has them."""
+        document: Mapping[str, Any] = {}
+        steps = committed_steps(self._store)
+        if steps:
+            try:
+                record, _ = read_commit(self._store, steps[-1])
+                document = read_manifests(self._store, record)[0].warm_start
+            except (CheckpointNotFoundError, CorruptionError, FormatError) as error:
+                _log.warning("no warm start from step %d: %s", steps[-1], error)
+        if self._profile is None:
+            profile = document.get("profile")
+            self._profile = IdleProfile() if profile is None else IdleProfile.from_json(profile)
+        if self._cost is None:
+            cost = document.get("cost")
+            self._cost = None if cost is None else CostModel.from_json(cost)
+        if self._cost is None:
+            self._cost = CostModel()
+
+    def _open_pipeline(self) -> _Pipeline:
+        """The threads and pools; started by the first save, so that readers stay light."""
+        if self._pipeline is None:
+            fresh = self._cost is None and not committed_steps(self._store)
+            self._known = survey(self._store)
+            self._pipeline = _Pipeline(self, *self._options)
+            self._pipeline.lease.ensure()
+            if fresh:
+                calibrate_writes(self._store, self._run_id, self._writer, self._pipeline.cost)
+        return self._pipeline
+
+    def warm_start(self) -> dict[str, Any]:
+        """What a restart wants to know, kept in every manifest."""
+        return {"cost": self.cost.to_json(), "profile": self.profile.to_json()}
+
+    def before_commit(self, attempt: Attempt) -> None:
+        """On writer 0, right before a record is published: damaged steps give way."""
+        if not self._swept:
+            self._swept = True
+            collect_orphans(self._store, self._run_id, self._in_flight(attempt))
+        for step in self._passed_over:
+            retire(self._store, step)
+            self._known.pop(step, None)
+        self._passed_over = []
+
+    def _in_flight(self, attempt: Attempt) -> set[str]:
+        return {f"{self._run_id}-{n:06d}" for n in range(self._attempts + 1)} | {attempt.name}
+
+    def after_attempt(self, attempt: Attempt) -> None:
+        """When an attempt is committed or has failed; on the committer's thread."""
+        if attempt.error is not None:
+            _log.error("%s", failure(attempt))
+            with self._errors_lock:
+                self._unreported.append(attempt)
+            return
+        self._known[attempt.step] = Committed(
+            attempt.step, attempt.name, attempt.base_step if attempt.used_base else None
+        )
+        if self._writer != 0 or self._retention.max_to_keep is None:
+            return
+        try:
+            self._known = apply(self._store, self._retention, self._known)
+        except AsymCheckError as error:
+            _log.error("old steps could not be removed: %s", error)
+            with self._errors_lock:
+                self._background_errors.append(error)
+
+
+class _Pipeline:
+    """Pools and threads of a checkpointer that saves."""
+
+    def __init__(
+        self,
+        owner: Checkpointer,
+        stall_timeout_s: float,
+        commit_timeout_s: float,
+        lease_s: float,
+        encode_threads: int | None,
+    ) -> None:
+        store, host_nbytes = owner._store, owner._max_host_nbytes
+        self.cost = owner.cost
+        self.buffer_nbytes = _buffer_nbytes(host_nbytes)
+        pack_nbytes = (PUTS_IN_FLIGHT + 1) * self.buffer_nbytes
+        self.capture_nbytes = host_nbytes - pack_nbytes
+        self.capture_pool = BufferPool(
+            self.buffer_nbytes, self.capture_nbytes, stall_timeout_s, owner._allocate
+        )
+        self.pack_pool = BufferPool(self.buffer_nbytes, pack_nbytes, stall_timeout_s)
+        self.flush = FlushQueue(self._put, PUTS_IN_FLIGHT, host_nbytes)
+        self.encoder = Encoder(
+            policy=owner.strategy.policy,
+            cost=self.cost,
+            capture_pool=self.capture_pool,
+            pack_pool=self.pack_pool,
+            flush=self.flush,
+            threads=encode_threads or max(1, min(8, (os.cpu_count() or 1) // 2)),
+        )
+        self.snapshotter = Snapshotter()
+        self.lease = LeaseKeeper(store, owner._run_id, owner._writer, lease_s)
+        self.committer = Committer(
+            store,
+            self.lease,
+            warm_start=owner.warm_start,
+            timeout_s=commit_timeout_s,
+            before_commit=owner.before_commit,
+            after=owner.after_attempt,
+            trace=owner.trace,
+        )
+        self._store = store
+        self._trace = owner.trace
+        self._in_flight = 0
+        self._lock = threading.Lock()
+
+    def _put(self, key: str, data: memoryview) -> None:
+        with self._lock:
+            self._in_flight += 1
+            in_flight = self._in_flight
+        begun_s = time.monotonic()
+        try:
+            self._store.put(key, data)
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+        self.cost.observe_write(len(data), time.monotonic() - begun_s, in_flight)
+        step = int(key.split("/")[1].split("-")[0])
+        self._trace.add("flush", key.rsplit("/", 1)[1], step, begun_s, len(data))
+
+    def close(self, *, abandon: bool) -> None:
+        """End all threads; with `abandon` those that wait for the store are left behind."""
+        self.capture_pool.close()
+        self.pack_pool.close()
+        if not abandon:
+            self.snapshotter.close()
+            self.encoder.close()
+            self.flush.close()
+            self.committer.close(None)
+        self.lease.close()
+
+
+def _buffer_nbytes(host_nbytes: int) -> int:
+    """An even share of the bound, in pages, at most 32 MiB."""
+    return max(ALIGNMENT, min(MAX_BUFFER_NBYTES, host_nbytes // 16) // ALIGNMENT * ALIGNMENT)
+
+
+def _plain_json(metadata: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """A copy of the metadata; `UnsupportedStateError` unless they are a JSON object."""
+    try:
+        copy = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UnsupportedStateError(
+            f"the metadata are no JSON object: {error}", step=step
+        ) from error
+    if copy != dict(metadata):
+        raise UnsupportedStateError(
+            "the metadata would not come back as they are (JSON has no tuples and only string "
+            "keys)",
+            step=step,
+        )
+    return copy

@@ -140,11 +140,13 @@ def _is_float(dtype: np.dtype[np.generic]) -> bool:
     """Whether `dtype` holds real floating-point numbers that a float64 holds, too."""
     if dtype.kind == "f":
         return dtype.itemsize <= 8
+    if dtype.kind != "V":  # the kind of bfloat16 and of most float8
+        return False
     try:
         ml_dtypes.finfo(dtype)
     except ValueError:
         return False
-    return dtype.kind != "c"
+    return True
 
 
 def _gap_dtype(n: int) -> np.dtype[np.unsignedinteger[Any]]:

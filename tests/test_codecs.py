@@ -1,0 +1,321 @@
+"""Round trips, determinism and the registry of codecs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from codec_columns import DTYPES, KINDS, changed, column, content, decoded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asymcheck.codecs import (
+    DeltaCodec,
+    PlaneCodec,
+    RawCodec,
+    TopKCodec,
+    ZstdCodec,
+    codec_by_name,
+    codec_from_manifest,
+)
+from asymcheck.codecs.base import Codec
+from asymcheck.errors import CodecError, FormatError, UnsupportedVersionError
+
+LOSSLESS = [RawCodec(), ZstdCodec(), PlaneCodec(), DeltaCodec()]
+ALL = [*LOSSLESS, TopKCodec()]
+SIZES = (0, 1, 7, 1000, 20011)
+FLOAT32 = np.dtype("float32")
+
+
+def ids(codec: Codec) -> str:
+    return codec.id
+
+
+@pytest.mark.parametrize("codec", LOSSLESS, ids=ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_lossless_round_trip(codec: Codec, dtype, kind):
+    for n in SIZES:
+        new = content(kind, dtype, n)
+        old = changed(new, dtype)
+        [payload] = codec.encode([column(new, dtype, old)])
+        assert decoded(codec, payload, dtype, new.size, old).tobytes() == new.tobytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    codec=st.sampled_from(LOSSLESS),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_lossless_round_trip_of_arbitrary_bytes(codec: Codec, dtype, data):
+    n = data.draw(st.integers(0, 300))
+    exact = st.binary(min_size=n * dtype.itemsize, max_size=n * dtype.itemsize)
+    new = np.frombuffer(data.draw(exact), np.uint8)
+    old = np.frombuffer(data.draw(exact), np.uint8)
+    [payload] = codec.encode([column(new, dtype, old)])
+    assert decoded(codec, payload, dtype, new.size, old).tobytes() == new.tobytes()
+
+
+@pytest.mark.parametrize("codec", ALL, ids=ids)
+def test_several_columns_keep_their_order(codec: Codec):
+    dtypes = [np.dtype("float32"), np.dtype("int64"), np.dtype("complex128"), np.dtype("bool")]
+    news = [content("real", dtype, 500, seed) for seed, dtype in enumerate(dtypes)]
+    columns = [column(new, dtype, new) for new, dtype in zip(news, dtypes, strict=True)]
+    payloads = [memoryview(payload) for payload in codec.encode(columns)]
+    outs = [column(np.empty_like(new), dtype, new) for new, dtype in zip(news, dtypes, strict=True)]
+    codec.decode(outs, payloads)
+    assert [out.new.tobytes() for out in outs] == [new.tobytes() for new in news]
+
+
+@pytest.mark.parametrize("codec", ALL, ids=ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_need_no_alignment_and_are_not_written(codec: Codec, dtype):
+    nbytes = 999 * dtype.itemsize
+    memory = content("random", np.dtype("uint8"), 2 * nbytes + 3)
+    memory.flags.writeable = False
+    col = column(memory[1 : 1 + nbytes], dtype, memory[3 + nbytes : 3 + 2 * nbytes])
+    [payload] = codec.encode([col])
+    out = np.empty(nbytes + 1, np.uint8)[1:]
+    codec.decode([column(out, dtype, col.old)], [memoryview(payload)])
+    if not codec.lossy:
+        assert out.tobytes() == col.new.tobytes()
+
+
+@pytest.mark.parametrize("codec", [DeltaCodec(), TopKCodec()], ids=ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decodes_in_place_over_the_predecessor(codec: Codec, dtype):
+    new = content("real", dtype, 1003)
+    old = changed(new, dtype)
+    [payload] = codec.encode([column(new, dtype, old)])
+    apart = decoded(codec, payload, dtype, new.size, old)
+    codec.decode([column(old, dtype, old)], [memoryview(payload)])
+    assert old.tobytes() == apart.tobytes()
+
+
+@pytest.mark.parametrize("codec", [DeltaCodec(), TopKCodec()], ids=ids)
+def test_needs_a_predecessor_of_the_same_length(codec: Codec):
+    new = content("real", FLOAT32, 10)
+    [payload] = codec.encode([column(new, FLOAT32, new)])
+    for old in (None, new[:-4]):
+        with pytest.raises(CodecError, match="predecessor"):
+            codec.encode([column(new, FLOAT32, old)])
+        with pytest.raises(CodecError, match="predecessor"):
+            decoded(codec, payload, FLOAT32, new.size, old)
+
+
+@pytest.mark.parametrize("codec", [PlaneCodec(), DeltaCodec(), TopKCodec()], ids=ids)
+def test_refuses_partial_elements(codec: Codec):
+    torn = np.zeros(7, np.uint8)
+    with pytest.raises(CodecError, match="whole elements"):
+        codec.encode([column(torn, FLOAT32, torn)])
+
+
+def test_raw_payload_is_the_column_itself():
+    new = content("real", FLOAT32, 10)
+    [payload] = RawCodec().encode([column(new, FLOAT32)])
+    assert np.shares_memory(np.frombuffer(payload, np.uint8), new)
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "ratio"),
+    [
+        ("real", PlaneCodec(), 0.85),
+        ("real", DeltaCodec(), 0.10),
+        ("zeros", PlaneCodec(), 0.001),
+        ("random", PlaneCodec(), 1.001),
+        ("runs", PlaneCodec(), 0.15),
+        ("zeros", ZstdCodec(), 0.001),
+    ],
+)
+def test_payloads_are_as_small_as_they_should_be(kind, codec: Codec, ratio):
+    new = content(kind, FLOAT32, 1 << 18)
+    [payload] = codec.encode([column(new, FLOAT32, changed(new, FLOAT32))])
+    assert len(payload) <= ratio * new.size
+
+
+def test_payload_does_not_hold_more_memory_than_it_shows():
+    new = content("zeros", FLOAT32, 1 << 20)
+    [payload] = PlaneCodec().encode([column(new, FLOAT32)])
+    assert isinstance(payload, memoryview)
+    assert payload.obj.base is None
+    assert payload.obj.nbytes == payload.nbytes
+
+
+@pytest.mark.parametrize("codec", ALL, ids=ids)
+def test_threads_do_not_disturb_each_other(codec: Codec):
+    def code(seed: int) -> tuple[bytes, bytes]:
+        new = content(KINDS[seed % len(KINDS)], FLOAT32, 5000, seed)
+        old = changed(new, FLOAT32, seed)
+        [payload] = codec.encode([column(new, FLOAT32, old)])
+        return bytes(payload), decoded(codec, payload, FLOAT32, new.size, old).tobytes()
+
+    alone = [code(seed) for seed in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(code, range(40))) == alone
+
+
+# --- golden payloads -------------------------------------------------------------------------
+
+
+def scrambled(n: int) -> np.ndarray:
+    """n uint64 that look random and are the same everywhere."""
+    x = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x ^= x >> np.uint64(29)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    return x ^ (x >> np.uint64(32))
+
+
+def golden_pair(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 values between −1 and 1, small ones more often, and their predecessors' bytes."""
+    bits = scrambled(n)
+    uniform = (bits >> np.uint64(40)).astype(np.float64) / 2**24
+    sign = np.where(bits & np.uint64(1), -1.0, 1.0)
+    new = (sign * uniform * uniform).astype(np.float32)
+    change = (bits & np.uint64(0xFF)).astype(np.uint32)
+    return new.view(np.uint8), (new.view(np.uint32) - change).view(np.uint8)
+
+
+def digest_of(data) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def zstd_version() -> str:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd.zstd_version
+
+
+GOLDEN_DIGESTS = {
+    ("raw", 16): "98f0c5d1e53ab5ce",
+    ("raw", 100003): "2cd8b16ca90a2dff",
+    ("raw", "decoded"): "51608fbe064d379a",
+    ("zstd", 16): "c1592bf216c98f21",
+    ("zstd", 100003): "0083844538336c7c",
+    ("zstd", "decoded"): "51608fbe064d379a",
+    ("plane", 16): "58cd630ff87643d0",
+    ("plane", 100003): "5c9d41ce29497df4",
+    ("plane", "decoded"): "51608fbe064d379a",
+    ("delta", 16): "ef1356560f5d2e01",
+    ("delta", 100003): "9bc6ce9140c8b912",
+    ("delta", "decoded"): "51608fbe064d379a",
+    ("topk", 16): "a58bd6d59f7ec682",
+    ("topk", 100003): "54d9caa83d485108",
+    ("topk", "decoded"): "c1a2a9dd82cf2dcb",
+}
+GOLDEN_PAYLOADS = Path(__file__).parent / "golden_payloads"  # of version 1, from 2003 elements
+
+
+@pytest.mark.skipif(zstd_version() != "1.5.7", reason="these digests need zstd 1.5.7")
+@pytest.mark.parametrize("codec", ALL, ids=ids)
+@pytest.mark.parametrize("n", [16, 100_003])
+def test_encoding_has_not_changed(codec: Codec, n: int):
+    new, old = golden_pair(n)
+    [payload] = codec.encode([column(new, FLOAT32, old)])
+    assert digest_of(payload) == GOLDEN_DIGESTS[codec.id, n]
+
+
+@pytest.mark.parametrize("codec", ALL, ids=ids)
+def test_old_payloads_still_decode(codec: Codec):
+    new, old = golden_pair(2003)
+    payload = (GOLDEN_PAYLOADS / codec.id).read_bytes()
+    out = decoded(codec, payload, FLOAT32, new.size, old)
+    assert digest_of(out) == GOLDEN_DIGESTS[codec.id, "decoded"]
+    assert codec.lossy or out.tobytes() == new.tobytes()
+
+
+# --- numba or NumPy --------------------------------------------------------------------------
+
+ENCODE_AND_REPORT = """
+import hashlib, sys
+{before}
+import asymcheck.codecs
+assert not {{"numba", "torch", "jax"}} & {{m for m in sys.modules if sys.modules[m] is not None}}
+import numpy as np
+from asymcheck.codecs import Column, codec_by_name
+new = np.arange(30_011, dtype=np.uint32).view(np.uint8)
+column = Column("params", np.dtype("float32"), new, new[::-1].copy())
+digest = hashlib.blake2b()
+for name in ("plane", "delta"):
+    [payload] = codec_by_name(name).encode([column])
+    digest.update(payload)
+print(digest.hexdigest(), sys.modules.get("numba") is not None)
+"""
+
+
+def report_of_process(before: str = "", **environ: str) -> list[str]:
+    command = [sys.executable, "-c", ENCODE_AND_REPORT.format(before=before)]
+    done = subprocess.run(
+        command, env={**os.environ, **environ}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_import_is_light_and_numba_optional():
+    pytest.importorskip("numba")
+    digest, loaded = report_of_process(ASYMCHECK_NUMBA="1")
+    assert loaded == "True"
+    assert report_of_process(ASYMCHECK_NUMBA="0") == [digest, "False"]
+    assert report_of_process("sys.modules['numba'] = None") == [digest, "False"]
+
+
+# --- registry --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", [*ALL, ZstdCodec(19), TopKCodec(0.5)], ids=repr)
+def test_manifest_round_trip(codec: Codec):
+    assert codec_from_manifest(codec.id, codec.params) == codec
+
+
+@pytest.mark.parametrize("codec", ALL, ids=ids)
+def test_by_name_has_defaults(codec: Codec):
+    assert codec_by_name(codec.id) == codec
+
+
+def test_only_top_k_is_lossy_and_only_two_need_a_base():
+    assert [codec.id for codec in ALL if codec.lossy] == ["topk"]
+    assert [codec.id for codec in ALL if codec.needs_base] == ["delta", "topk"]
+
+
+def test_unknown_codecs_are_named():
+    with pytest.raises(UnsupportedVersionError, match="quantum"):
+        codec_from_manifest("quantum", {})
+    with pytest.raises(CodecError, match="quantum"):
+        codec_by_name("quantum")
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("raw", {"level": 1}),
+        ("zstd", {}),
+        ("zstd", {"level": 1, "extra": None}),
+        ("topk", {"keep": 0.1}),
+    ],
+)
+def test_wrong_parameter_names_are_refused(name, params):
+    with pytest.raises(FormatError, match=name):
+        codec_from_manifest(name, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        *(("zstd", {"level": level}) for level in (0, 23, True, 1.0, "1", None, [1])),
+        *(
+            ("topk", {"keep_fraction": fraction})
+            for fraction in (0, -0.1, 1.5, float("nan"), True, "0.1", None)
+        ),
+    ],
+)
+def test_wrong_parameter_values_are_refused(name, params):
+    with pytest.raises(CodecError, match="no such"):
+        codec_from_manifest(name, params)

@@ -211,6 +211,14 @@ class StoreContract:
         store.put("a", data)
         assert store.get("a", 100_000) == bytes(data)
 
+    def test_memory_of_other_items_is_its_bytes(self, store: Store) -> None:
+        numbers = np.arange(50_000, dtype=np.float32).reshape(100, 500)
+        store.put("a", numbers.data)
+        assert store.get("a", numbers.nbytes) == numbers.tobytes()
+        out = np.zeros_like(numbers)
+        store.get_range("a", 0, out.data)
+        assert np.array_equal(out, numbers)
+
     def test_many_threads_at_once(self, store: Store) -> None:
         def use(worker: int) -> None:
             for round in range(5):

@@ -15,11 +15,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from asymcheck.stores.filesystem import FileKind, FileStatus, Filesystem
 
+_T = TypeVar("_T")
 _SECTOR_NBYTES = 512  # what a disk writes whole or not at all
 _ALIGNMENT = 4096  # what O_DIRECT asks of memory, offset and length
 
@@ -87,7 +89,7 @@ class SimulatedFilesystem(Filesystem):
 
         Of what was not synced every part is lost or kept independently: sectors of files (lost
         ones read as zeros, as garbage or as they were), lengths, and each name of a directory.
-        A third of the seeds each lose all, keep all, or mix.
+        A quarter of the seeds each lose all, about half, a tenth, or nothing.
         """
         with self._lock:
             survivor = _Survivor(random.Random(seed))
@@ -247,24 +249,26 @@ class _Survivor:
 
     def __init__(self, random: random.Random) -> None:
         self._random = random
-        self._kept_share = random.choice([0.0, 0.5, 1.0])
+        self._kept_share = random.choice([0.0, 0.5, 0.9, 1.0])
         self._files: dict[_File, _File] = {}
 
     def directory(self, before: _Directory) -> _Directory:
         after = _Directory()
         for name in {**before.unsynced, **before.names}:
-            stood_for = before.unsynced.get(name) or [before.names[name]]
-            node = self._one_of(stood_for)
+            node = self._one_of(before.unsynced.get(name) or [before.names[name]])
             if isinstance(node, _Directory):
                 after.names[name] = self.directory(node)
             elif node is not None:
                 after.names[name] = self._file(node)
         return after
 
-    def _one_of(self, states: list[_File | _Directory | None]) -> _File | _Directory | None:
-        if self._kept_share == 0.5:
-            return self._random.choice(states)
-        return states[-1] if self._kept_share else states[0]
+    def _one_of(self, states: list[_T]) -> _T:
+        """One of the states since the last sync: the first is durable, the last the newest."""
+        if self._kept_share == 0:
+            return states[0]
+        if self._random.random() < self._kept_share:
+            return states[-1]
+        return self._random.choice(states)
 
     def _file(self, before: _File) -> _File:
         if before not in self._files:
@@ -280,7 +284,8 @@ class _Survivor:
         image[: len(before.synced)] = before.synced
         for offset, data in before.unsynced:
             self._write_some_sectors(image, offset, data or b"")
-        return bytes(image[: self._length(lengths)])
+        between = self._random.randint(min(lengths), max(lengths))
+        return bytes(image[: self._one_of([*lengths[:-1], between, lengths[-1]])])
 
     def _blank(self, nbytes: int) -> bytes:
         return self._random.choice([bytes, self._random.randbytes])(nbytes)
@@ -289,12 +294,6 @@ class _Survivor:
         for start in range(0, len(data), _SECTOR_NBYTES):
             if self._random.random() < self._kept_share:
                 _apply(image, offset + start, data[start : start + _SECTOR_NBYTES])
-
-    def _length(self, lengths: list[int]) -> int:
-        if self._kept_share == 0.5:
-            between = self._random.randint(min(lengths), max(lengths))
-            return self._random.choice([*lengths, between])
-        return lengths[-1] if self._kept_share else lengths[0]
 
 
 def _apply(content: bytearray, offset: int, data: bytes | None) -> None:

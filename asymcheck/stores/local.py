@@ -72,6 +72,7 @@ class LocalStore:
 
     def get_range(self, key: str, offset: int, out: memoryview) -> None:
         """Fill `out` (writable, contiguous bytes) from `offset`; `ShortReadError` past the end."""
+        out = out.cast("B")
         nbytes = self._status(key).nbytes
         if not 0 <= offset <= nbytes - len(out):
             raise _short_read(key, offset, len(out), nbytes)
@@ -162,6 +163,7 @@ class LocalStore:
         return status
 
     def _publish(self, key: str, data: memoryview, name: Callable[[Path, Path], None]) -> bool:
+        data = data.cast("B")
         path = self._root / check_key(key)
         with changing("write", self._url, key):
             for _ in range(_PUBLISH_RETRIES):

@@ -76,6 +76,7 @@ class KeyValueStore:
         """Fill `out` (writable, contiguous bytes) from `offset`; `ShortReadError` past the end."""
         if offset < 0:
             raise ShortReadError("negative offset", object=key, offset=offset)
+        out = out.cast("B")
         out[:] = self._read(key, offset, offset + len(out))
 
     def has_length(self, key: str, nbytes: int) -> bool:
@@ -140,12 +141,12 @@ class KeyValueStore:
             written = self._kvstore.write(key, data.tobytes(), if_equal=if_equal).result()
         if not written.generation:  # how a condition that does not hold is reported
             return False
-        if self._may_publish_wrong_length and not self.has_length(key, len(data)):
+        if self._may_publish_wrong_length and not self.has_length(key, data.nbytes):
             self.delete(key)
             raise StoreError(
                 "the driver published another length than was written, and it was removed",
                 object=key,
-                expected=len(data),
+                expected=data.nbytes,
                 hint=f"A killed writer left {key}.__lock; write again",
             )
         return True

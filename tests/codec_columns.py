@@ -53,7 +53,7 @@ def changed(
 ) -> NDArray[np.uint8]:
     """`data` with small changes of most bit patterns, as a step of training makes them."""
     rng = np.random.default_rng(seed)
-    width = dtype.itemsize if dtype.itemsize in (1, 2, 4, 8) else 8
+    width = max(width for width in (1, 2, 4, 8) if dtype.itemsize % width == 0)
     words = data.copy().view(f"<u{width}")
     words += rng.integers(0, 3, words.size).astype(words.dtype)
     return words.view(np.uint8)

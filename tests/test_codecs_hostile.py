@@ -123,13 +123,15 @@ def planes_of(words: list[int], width: int) -> bytes:
 
 
 HUGE_FRAME = frame_of_claimed_size(1 << 40)
-WIDE_FRAME = frame_of_claimed_window(400, 0xFF)
+FAR_TOO_WIDE_FRAME = frame_of_claimed_window(400, 0xFF)  # beyond what zstd allows by itself
+TOO_WIDE_FRAME = frame_of_claimed_window(400, 0x60)  # 4 MiB
 ONE_KEPT = (planes_of([0], 4), planes_of([1], 4))
 HOSTILE = {
     "zstd: huge content": (ZstdCodec(), HUGE_FRAME),
     "zstd: content of 2^64 - 1": (ZstdCodec(), frame_of_claimed_size((1 << 64) - 1)),
     "zstd: content of 2^64 - 2": (ZstdCodec(), frame_of_claimed_size((1 << 64) - 2)),
-    "zstd: huge window": (ZstdCodec(), WIDE_FRAME),
+    "zstd: huge window": (ZstdCodec(), FAR_TOO_WIDE_FRAME),
+    "zstd: window of 4 MiB": (ZstdCodec(), TOO_WIDE_FRAME),
     "zstd: skippable frame": (
         ZstdCodec(),
         b"\x50\x2a\x4d\x18" + struct.pack("<I", 400) + bytes(400),
@@ -184,6 +186,17 @@ def test_frame_with_a_dictionary_is_refused():
     header = FRAME_MAGIC + struct.pack("<BBQ", 0b1110_0001, 9, 400)
     with pytest.raises(CodecError):
         decoded(ZstdCodec(), header + b"\1\0\0", FLOAT32, 400)
+
+
+def test_short_content_never_reaches_a_kernel(monkeypatch):
+    class Shortening:
+        def decompress(self, frame, max_output_size, *, allow_extra_data):
+            return bytes(max_output_size - 1)
+
+    payload, old = valid(ZstdCodec(), FLOAT32, "real", 700)
+    monkeypatch.setattr(_zstd._contexts, "decompressor", Shortening())
+    with pytest.raises(CodecError, match="wrong length"):
+        decoded(ZstdCodec(), payload, FLOAT32, old.size)
 
 
 def test_window_of_every_level_is_within_what_decoders_allow():

@@ -20,7 +20,12 @@ FLOATS = [
     for dtype in DTYPES
     if dtype in (np.dtype("f2"), np.dtype("f4"), np.dtype("f8")) or "float8" in dtype.name
 ] + [np.dtype(ml_dtypes.bfloat16)]
-EXACT = [dtype for dtype in DTYPES if dtype not in FLOATS]
+EXACT = [
+    *(dtype for dtype in DTYPES if dtype not in FLOATS),
+    np.dtype(np.longdouble),
+    np.dtype(ml_dtypes.int4),
+    np.dtype("V3"),
+]
 
 
 def coded(codec: TopKCodec, new: np.ndarray, old: np.ndarray) -> tuple[bytes, np.ndarray]:

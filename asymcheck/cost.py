@@ -18,7 +18,7 @@ from asymcheck.errors import FormatError
 _REFERENCE_NBYTES = float(1 << 20)
 _FORGETTING = 0.98
 _ANCHOR_WEIGHT = 0.1  # of each pseudo-sample; a real one weighs at most 1
-_DETERMINED_WEIGHT = 5 * _ANCHOR_WEIGHT
+_DETERMINED_WEIGHT = 3 * _ANCHOR_WEIGHT
 _OUTLIER_FACTOR = 4.0
 _OUTLIERS_IN_A_ROW = 3
 _RATIO_FORGETTING = 0.95

@@ -1,0 +1,100 @@
+"""Restoring on several ranks: all restore the same step, or none does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+from asymcheck.checkpointer import Checkpointer
+from asymcheck.errors import AsymCheckError, CorruptionError, FormatError
+from asymcheck.reader import Checkpoint
+from asymcheck_torch.world import World
+
+_GAVE_UP = -1
+
+
+class _Outcome(IntEnum):
+    DONE = 0
+    DAMAGED = 1
+    FAILED = 2
+
+
+def restore_together(
+    checkpointer: Checkpointer,
+    fill: Callable[[Checkpoint], None],
+    step: int | None,
+    world: World,
+) -> int:
+    """Restore the newest step that is good on every rank (or `step`); which one it was.
+
+    Every rank looks for a good step as `Checkpointer.restore_with` does. In `fill` they meet:
+    who is at a newer step than the others passes it over, and if one rank finds damage all do.
+
+    Raises:
+        what `restore_with` raises; `AsymCheckError` where another rank failed for good.
+    """
+    meeting = _Meeting(fill, world)
+    try:
+        return checkpointer.restore_with(meeting, step)
+    except Exception:
+        if not meeting.concluded:
+            world.extremes(_GAVE_UP)
+        raise
+
+
+class _Meeting:
+    """A `fill` in which all ranks take part.
+
+    Each exchange is one collective call of all ranks; a rank that leaves with an error of which
+    the others do not know tells them in the exchange that they wait in (`restore_together`).
+    """
+
+    def __init__(self, fill: Callable[[Checkpoint], None], world: World) -> None:
+        self._fill = fill
+        self._world = world
+        self.concluded = False
+
+    def __call__(self, checkpoint: Checkpoint) -> int:
+        self._meet(checkpoint.step)
+        error = self._try(checkpoint)
+        _, worst = self._world.extremes(_outcome(error))
+        self.concluded = worst != _Outcome.DAMAGED
+        if error is not None and _outcome(error) == worst:
+            raise error
+        if worst == _Outcome.DAMAGED:
+            raise CorruptionError("another rank cannot read this step", step=checkpoint.step)
+        if worst == _Outcome.FAILED:
+            raise _others_failed(checkpoint.step)
+        return checkpoint.step
+
+    def _meet(self, step: int) -> None:
+        """Return when all ranks are at `step`."""
+        while True:
+            low, high = self._world.extremes(step)
+            if low == high:
+                return
+            if low == _GAVE_UP:
+                self.concluded = True
+                raise _others_failed(step)
+            if step > low:
+                raise CorruptionError("another rank cannot open this step", step=step)
+
+    def _try(self, checkpoint: Checkpoint) -> Exception | None:
+        try:
+            self._fill(checkpoint)
+        except Exception as error:
+            return error
+        return None
+
+
+def _outcome(error: Exception | None) -> _Outcome:
+    if error is None:
+        return _Outcome.DONE
+    damaged = isinstance(error, CorruptionError | FormatError)
+    return _Outcome.DAMAGED if damaged else _Outcome.FAILED
+
+
+def _others_failed(step: int) -> AsymCheckError:
+    return AsymCheckError(
+        "another rank could not restore", step=step, hint="Its own error says why"
+    )

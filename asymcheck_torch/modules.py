@@ -1,0 +1,84 @@
+"""What a module holds, under stable names: parameters, persistent buffers, extra state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that the user wrote: without the wrappers of DDP and `torch.compile`.
+
+    So names carry no prefix, and a checkpoint fits the wrapped and the bare module alike.
+    """
+    while True:
+        if isinstance(module, DistributedDataParallel):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters, frozen ones too; a tied parameter appears under each of its names."""
+    return dict(module.named_parameters(remove_duplicate=False))
+
+
+def _submodules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_modules(remove_duplicate=False):
+        yield (f"{name}." if name else ""), child
+
+
+def own_persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The persistent buffers of a module itself, without its submodules'."""
+    return {
+        name: buffer
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def named_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All persistent buffers, those of a shared submodule under each of its names."""
+    return {
+        prefix + name: buffer
+        for prefix, child in _submodules(module)
+        for name, buffer in own_persistent_buffers(child).items()
+    }
+
+
+def _stateful(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Submodules that keep more than parameters and buffers (`get_extra_state`)."""
+    for prefix, child in _submodules(module):
+        if type(child).get_extra_state is not nn.Module.get_extra_state:
+            yield prefix.removesuffix("."), child
+
+
+def module_extra(module: nn.Module) -> dict[str, Any]:
+    """What `get_extra_state` gives, by the submodule's name; may share memory with it."""
+    return {name: child.get_extra_state() for name, child in _stateful(module)}
+
+
+def stateful_names(module: nn.Module) -> list[str]:
+    """The names of the submodules that have extra state."""
+    return [name for name, _ in _stateful(module)]
+
+
+def load_module_extra(module: nn.Module, extra: Mapping[str, Any]) -> None:
+    """Give every submodule its extra state back."""
+    for name, child in _stateful(module):
+        child.set_extra_state(extra[name])
+
+
+def changes_in_forward(module: nn.Module) -> list[nn.Module]:
+    """Submodules whose forward pass may change what they keep: buffers, extra state."""
+    return [
+        child
+        for child in module.modules()
+        if any(own_persistent_buffers(c) for c in child.modules()) or any(_stateful(child))
+    ]

@@ -1,0 +1,148 @@
+"""Optimizer state by parameter name, and back.
+
+Each tensor that an optimizer keeps for a parameter goes under a top-level entry named by its key
+(`exp_avg`, `momentum_buffer`, `step`), so that it lies beside the parameter it belongs to;
+optimizers after the first have the prefix `optim1.`, `optim2.`, ... What is no tensor (LBFGS'
+lists, counters) and the options of the groups form the optimizer's record.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from asymcheck.errors import UnsupportedStateError
+from asymcheck_torch.extras import private
+from asymcheck_torch.modules import named_parameters
+
+Copy = Callable[[torch.Tensor], torch.Tensor]
+RESERVED = frozenset(
+    {"params", "buffers", "module_extra", "optimizers", "ranks", "world_size", "__numpy_leaves__"}
+)
+_PREFIXED = re.compile(r"optim(\d+)\.(.*)", re.DOTALL)
+
+
+def kind_of(index: int, key: str) -> str:
+    """The top-level entry for a state key of the optimizer with this index."""
+    if index == 0 and key not in RESERVED and not _PREFIXED.fullmatch(key):
+        return key
+    return f"optim{index}.{key}"
+
+
+def key_of(kind: str) -> tuple[int, str]:
+    """(index, key): the inverse of `kind_of`."""
+    match = _PREFIXED.fullmatch(kind)
+    return (int(match[1]), match[2]) if match else (0, kind)
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse optimizers whose state is more than, or only a part of, what torch's is.
+
+    Raises:
+        UnsupportedStateError: `state_dict` is overridden (as in ZeroRedundancyOptimizer).
+    """
+    if type(optimizer).state_dict is not Optimizer.state_dict:
+        raise UnsupportedStateError(
+            f"{type(optimizer).__name__} overrides state_dict(): what it keeps is not known",
+            hint="Attach the torch.optim optimizer that it wraps",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The parameters of a module and of its optimizers.
+
+    Attributes:
+        by_name: tied parameters under each of their names; those which only an optimizer has
+            (of a loss, say) under `optim{i}/group{g}/{k}`.
+        name_of: the first name, by the `id` of the parameter.
+    """
+
+    by_name: dict[str, torch.Tensor]
+    name_of: dict[int, str]
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, optimizers: Sequence[Optimizer]) -> Parameters:
+        """As they are now; groups may have been added since the last time."""
+        found = cls({}, {})
+        for name, parameter in named_parameters(module).items():
+            found._add(name, parameter)
+        for index, optimizer in enumerate(optimizers):
+            for number, group in enumerate(optimizer.param_groups):
+                for k, parameter in enumerate(group["params"]):
+                    if id(parameter) not in found.name_of:
+                        found._add(f"optim{index}/group{number}/{k}", parameter)
+        return found
+
+    def _add(self, name: str, parameter: torch.Tensor) -> None:
+        self.by_name[name] = parameter
+        self.name_of.setdefault(id(parameter), name)
+
+    def of_group(self, group: Mapping[str, Any]) -> list[str]:
+        """The names of a group's parameters."""
+        return [self.name_of[id(parameter)] for parameter in group["params"]]
+
+
+def _entries(optimizer: Optimizer, parameters: Parameters) -> Iterator[tuple[str, dict[Any, Any]]]:
+    for group in optimizer.param_groups:
+        for name, parameter in zip(parameters.of_group(group), group["params"], strict=True):
+            if parameter in optimizer.state:
+                yield name, optimizer.state[parameter]
+
+
+def tensor_state(
+    optimizer: Optimizer, index: int, parameters: Parameters
+) -> dict[str, dict[str, torch.Tensor]]:
+    """{kind: {parameter name: tensor}}, the live tensors."""
+    kinds: dict[str, dict[str, torch.Tensor]] = {}
+    for name, entry in _entries(optimizer, parameters):
+        for key, value in entry.items():
+            if _is_direct(key, value):
+                kinds.setdefault(kind_of(index, key), {})[name] = value
+    return kinds
+
+
+def _is_direct(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, torch.Tensor)
+
+
+def record(optimizer: Optimizer, parameters: Parameters, copy: Copy) -> dict[str, Any]:
+    """Everything else: options of the groups, state that is no tensor, state of no parameter.
+
+    Tensors in the options are copied, since schedulers write them at any time; those nested in
+    the state are live: only `step()` changes them.
+    """
+    groups = [
+        {key: private(value, copy) for key, value in group.items() if key != "params"}
+        | {"params": parameters.of_group(group)}
+        for group in optimizer.param_groups
+    ]
+    other = {
+        name: rest
+        for name, entry in _entries(optimizer, parameters)
+        if (rest := {key: value for key, value in entry.items() if not _is_direct(key, value)})
+    }
+    shared = {
+        key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)
+    }
+    return {"param_groups": groups, "other": other, "shared": shared}
+
+
+def place_state(
+    key: str, meta: torch.Tensor, group: Mapping[str, Any], parameter: torch.Tensor
+) -> torch.Tensor:
+    """An uninitialised state tensor of the shape and dtype of `meta`, where torch keeps it.
+
+    As `load_state_dict` does: `step` on the CPU unless the group is capturable or fused, others
+    beside the parameter and laid out like it. Unlike it, the dtype stays as it was saved.
+    """
+    on_device = key != "step" or group.get("capturable") or group.get("fused")
+    device = parameter.device if on_device else torch.device("cpu")
+    if meta.shape == parameter.shape:
+        return torch.empty_like(parameter.detach(), dtype=meta.dtype, device=device)
+    return torch.empty(meta.shape, dtype=meta.dtype, device=device)

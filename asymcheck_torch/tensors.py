@@ -1,0 +1,229 @@
+"""Tensors as the core sees them: dtype names, identity, bytes, and sources to capture from."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from asymcheck.errors import UnsupportedStateError
+from asymcheck.state import DTYPES, ArraySource, LeafSource, LeafSpec, ShardSpec, memory_of
+from asymcheck.state import dtype_name as array_dtype_name
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in DTYPES if hasattr(torch, name)
+}
+"""The dtypes that the format and torch share, by their name in the format."""
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_UNKNOWN_TO_NUMPY = {torch.bfloat16: torch.int16} | {
+    dtype: torch.uint8 for name, dtype in TORCH_DTYPES.items() if name.startswith("float8")
+}
+
+
+def torch_dtype(name: str, path: str) -> torch.dtype:
+    """The torch dtype of a leaf; `UnsupportedStateError` where torch has none."""
+    try:
+        return TORCH_DTYPES[name]
+    except KeyError:
+        raise UnsupportedStateError(
+            "torch has no such dtype", leaf=path, found=name, hint="Read it with open_checkpoint()"
+        ) from None
+
+
+def is_array(value: object) -> bool:
+    """Whether `value` is a tensor or a NumPy array."""
+    return isinstance(value, torch.Tensor | np.ndarray)
+
+
+def identity(value: object) -> Hashable:
+    """Equal for tensors (or arrays) over the same memory with the same layout: one leaf."""
+    if not isinstance(value, torch.Tensor):
+        return memory_of(value)
+    if value.numel() == 0 or value.layout != torch.strided:
+        return id(value)
+    return (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+
+
+def check_storable(tensor: torch.Tensor, path: str) -> str:
+    """The dtype name of a tensor that can be stored; `UnsupportedStateError` for others."""
+    problem = None
+    if is_traceable_wrapper_subclass(tensor):
+        problem = f"a {type(tensor).__name__} (sharded or wrapped tensor)"
+    elif is_lazy(tensor):
+        problem = "a lazy parameter without a shape"
+    elif tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
+        problem = f"a {tensor.layout} tensor on {tensor.device.type}"
+    elif tensor.dtype not in _NAMES:
+        problem = f"a tensor of {tensor.dtype}"
+    if problem is None:
+        return _NAMES[tensor.dtype]
+    raise UnsupportedStateError(
+        f"{problem} cannot be stored",
+        leaf=path,
+        expected="a dense CPU or CUDA tensor of " + ", ".join(TORCH_DTYPES),
+        hint="Nothing was saved",
+    )
+
+
+def byte_view(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """The memory of a contiguous CPU tensor, as flat bytes (shared, writable)."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy()
+
+
+def tensor_of(array: NDArray[Any], path: str = "") -> torch.Tensor:
+    """A tensor over the memory of a contiguous array; `UnsupportedStateError` without a dtype."""
+    dtype = torch_dtype(array_dtype_name(array.dtype, path), path)
+    flat = torch.from_numpy(array.reshape(-1).view(np.uint8))
+    return flat.view(dtype).view(array.shape)
+
+
+def _dense_rows(tensor: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """Rows [first, stop) of a strided tensor, row-major; on the CPU without OpenMP's threads."""
+    rows = tensor[first:stop]
+    if tensor.device.type != "cpu":
+        return rows.contiguous()
+    bits = rows.view(_UNKNOWN_TO_NUMPY.get(rows.dtype, rows.dtype))
+    return torch.from_numpy(np.ascontiguousarray(bits.numpy())).view(rows.dtype)
+
+
+def _bytes_of_range(tensor: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Elements [start, start + count) in row-major order as flat bytes; no copy if contiguous."""
+    if not tensor.is_contiguous():
+        row = tensor.numel() // tensor.shape[0]
+        first, stop = start // row, -(-(start + count) // row)
+        tensor, start = _dense_rows(tensor, first, stop), start - first * row
+    return tensor.view(-1)[start : start + count].view(torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """A CPU tensor (whole leaf) as a source; reads its memory, releases the GIL to copy."""
+
+    leaf: LeafSpec
+    tensor: torch.Tensor
+    group: str
+    owned: tuple[int, int]
+
+    @property
+    def shard(self) -> ShardSpec:
+        """The whole leaf."""
+        return ShardSpec.whole(self.leaf.shape)
+
+    def read_into(self, start: int, count: int, out: NDArray[np.uint8]) -> None:
+        """Copy elements [start, start + count) in row-major order."""
+        np.copyto(out, _bytes_of_range(self.tensor, start, count).numpy())
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceClock:
+    """The side stream that copies run on, and the moment from which the values stand."""
+
+    stream: torch.cuda.Stream
+    ready: torch.cuda.Event
+
+    @classmethod
+    def now(cls, device: torch.device, stream: torch.cuda.Stream) -> DeviceClock:
+        """Values as they stand after all work issued so far on the device's current stream."""
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(device))
+        return cls(stream, ready)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaSource(TensorSource):
+    """A CUDA tensor as a source: copied on a side stream once its values stand.
+
+    Asynchronous on the device where `out` is pinned; `read_into` returns when the copy is done.
+    """
+
+    clock: DeviceClock
+
+    def read_into(self, start: int, count: int, out: NDArray[np.uint8]) -> None:
+        """Copy elements [start, start + count) in row-major order to the host."""
+        stream = self.clock.stream
+        with torch.cuda.stream(stream):
+            stream.wait_event(self.clock.ready)
+            data = _bytes_of_range(self.tensor, start, count)
+            torch.from_numpy(out).copy_(data, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        copied.synchronize()
+
+
+class DeviceClocks:
+    """One side stream per CUDA device, and the ready events of the snapshot being begun."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._clocks: dict[torch.device, DeviceClock] = {}
+
+    def restart(self) -> None:
+        """Values are taken as they stand from now on."""
+        self._clocks = {}
+
+    def of(self, device: torch.device) -> DeviceClock:
+        """The clock of a device for this snapshot."""
+        if device not in self._clocks:
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            self._clocks[device] = DeviceClock.now(device, self._streams[device])
+        return self._clocks[device]
+
+
+def source_of(
+    path: str, value: object, group: str, owned: tuple[int, int], clocks: DeviceClocks
+) -> LeafSource:
+    """A tensor, array or `bytes` of a flattened state as a source."""
+    if isinstance(value, bytes):
+        value = np.frombuffer(value, np.uint8)
+    if isinstance(value, np.ndarray):
+        spec = LeafSpec(path, array_dtype_name(value.dtype, path), value.shape)
+        return ArraySource(spec, value, group, owned)
+    assert isinstance(value, torch.Tensor)
+    spec = LeafSpec(path, check_storable(value, path), tuple(value.shape))
+    if value.device.type == "cuda":
+        return CudaSource(spec, value.detach(), group, owned, clocks.of(value.device))
+    return TensorSource(spec, value.detach(), group, owned)
+
+
+class SteadyCopies:
+    """Copies of tensors that training may change in the forward pass, in memory that is reused.
+
+    A copy is overwritten when the same tensor is copied for the next snapshot, which begins only
+    after the barrier of this one. Tensors over the same memory share one copy.
+    """
+
+    def __init__(self) -> None:
+        self._previous: dict[Hashable, torch.Tensor] = {}
+        self._current: dict[Hashable, torch.Tensor] = {}
+
+    def restart(self) -> None:
+        """A new snapshot begins: its copies may take the memory of the previous one's."""
+        self._previous, self._current = self._current, {}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A private, row-major copy on the same device."""
+        key = identity(tensor)
+        if key not in self._current:
+            copy = self._previous.get(key)
+            if copy is None or tensor.numel() == 0:
+                copy = torch.empty_like(tensor.detach(), memory_format=torch.contiguous_format)
+            self._current[key] = copy.copy_(tensor.detach())
+        return self._current[key]
+
+
+def cuda_devices(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
+    """The CUDA devices in use, each once, in order of their index."""
+    found = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    return sorted(found, key=lambda device: device.index)
+
+
+def pinned(nbytes: int) -> NDArray[np.uint8]:
+    """Page-locked host memory (CUDA aligns it to pages), which devices copy into directly."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()

@@ -1,0 +1,362 @@
+"""The training checkpointer: listens to a training loop and checkpoints its steps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from asymcheck.buffers import page_aligned
+from asymcheck.checkpointer import Checkpointer
+from asymcheck.errors import AsymCheckError, SaveFailedError
+from asymcheck.partition import Phase
+from asymcheck.reader import Checkpoint
+from asymcheck.snapshot import Capture
+from asymcheck.strategy import Strategy
+from asymcheck_torch.agreement import restore_together
+from asymcheck_torch.extras import named_extras
+from asymcheck_torch.modules import changes_in_forward, unwrap
+from asymcheck_torch.optimizers import check_optimizer
+from asymcheck_torch.restore import restore_into
+from asymcheck_torch.state import TrainingState
+from asymcheck_torch.tensors import cuda_devices, pinned
+from asymcheck_torch.windows import (
+    CudaClock,
+    Cycle,
+    HostClock,
+    WindowClock,
+    find_blocks,
+    hook_windows,
+)
+from asymcheck_torch.world import World
+
+_log = logging.getLogger("asymcheck")
+_STALLS_REMEMBERED = 100_000
+
+
+def attach(
+    module: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    url: str | os.PathLike[str],
+    every_steps: int = 1,
+    strategy: str | Strategy = "asymcheck",
+    extra_state: Any = None,
+    max_to_keep: int | None = 5,
+    keep_every: int | None = None,
+    max_host_bytes: int = 4 << 30,
+    max_chain: int = 10,
+    on_error: Literal["raise", "warn"] = "raise",
+    process_group: torch.distributed.ProcessGroup | None = None,
+    stall_timeout_s: float = 300.0,
+    commit_timeout_s: float = 300.0,
+) -> TrainingCheckpointer:
+    """Checkpoint a training loop, which stays as it is.
+
+    A *step* is a completed update: a `step()` of the last optimizer given. What a checkpoint of
+    step k holds is the state right after update k: parameters (frozen ones too), persistent
+    buffers, optimizer state, options of the parameter groups, extra state, and the random number
+    generators of Python, NumPy, torch and CUDA. An update that is skipped, as a `GradScaler`
+    does after an overflow, is no step (a fused optimizer, which skips inside, counts it).
+
+    Parameters and optimizer state are copied in the background between the first forward pass
+    after the update and the next `step()`, which waits for what is left. So they may be changed
+    by hand between `step()` and the next forward pass (clipped, swapped with averages for an
+    evaluation and back), but from there only by an attached optimizer. Forward passes with
+    gradients switched off in eval mode are an evaluation: they begin nothing.
+
+    Extra state is anything with `state_dict()` and `load_state_dict()`, or a `torch.Generator`:
+
+    - What can be iterated (samplers, data loaders) and generators are *data positions*: taken
+      right after the update, before the loop draws the next batch.
+    - Everything else (schedulers, `GradScaler`, averages) the loop moves after `optimizer.step()`:
+      taken right before the next forward pass.
+    - `at_update(obj)` and `at_forward(obj)` say it explicitly.
+
+    With `DistributedDataParallel` each rank stores its part of what all share, and its own
+    generators and extra state; a checkpoint written at one world size restores at any other
+    (rank r takes those of rank r modulo the saved size). DDP's own communication is not visible
+    to hooks and counts as idle time of the backward windows.
+
+    Args:
+        module: the module that trains, bare or wrapped by DDP or `torch.compile`.
+        optimizer: the optimizers, in the order in which the loop steps them. None to restore
+            only: the module and the extra state given, nothing else.
+        url: where to keep the checkpoints: a path or a URL.
+        every_steps: checkpoint steps that are multiples of this.
+        strategy: "asymcheck", "asymcheck-s", "asymcheck-naive", "synchronous" or a `Strategy`.
+        extra_state: a mapping of names to such objects, or one such object.
+        max_to_keep, keep_every, max_host_bytes, max_chain: as for `asymcheck.Checkpointer`.
+        on_error: a failed checkpoint raises at the next call inside the loop or of this object
+            ("raise"), before anything of the model changes; or it is logged ("warn").
+        process_group: ranks that hold the same parameters, if `module` is no DDP.
+        stall_timeout_s, commit_timeout_s: as for `asymcheck.Checkpointer`.
+
+    Raises:
+        UnsupportedStateError: an optimizer with a state of its own kind.
+        StoreError: the URL names no store.
+    """
+    if isinstance(optimizer, Optimizer):
+        optimizer = [optimizer]
+    if every_steps < 1:
+        raise ValueError(f"every_steps is {every_steps}; the least is 1")
+    optimizers = list(optimizer or [])
+    for each in optimizers:
+        check_optimizer(each)
+    world = World.of(module, process_group)
+    on_cuda = bool(cuda_devices(module.parameters()))
+    checkpointer = Checkpointer(
+        url,
+        strategy=strategy,
+        max_host_bytes=max_host_bytes,
+        max_to_keep=max_to_keep,
+        keep_every=keep_every,
+        max_chain=max_chain,
+        on_error=on_error,
+        writer=world.rank,
+        writers=world.size,
+        run_id=world.fresh_name(),
+        stall_timeout_s=stall_timeout_s,
+        commit_timeout_s=commit_timeout_s,
+        allocate=pinned if on_cuda else page_aligned,
+    )
+    state = TrainingState(module, optimizers, named_extras(extra_state), world)
+    clock = CudaClock() if on_cuda else HostClock()
+    return TrainingCheckpointer(checkpointer, state, clock, every_steps, on_error)
+
+
+class TrainingCheckpointer:
+    """Checkpoints the steps of a training loop by way of hooks; made by `attach`.
+
+    Use from the training thread. Close it, or use it as a context manager.
+
+    Attributes:
+        step: completed updates, counted from the start of training.
+        stall_s: {step: seconds that training waited for its checkpoint}, of the last 100,000.
+        checkpointer: the `asymcheck.Checkpointer` beneath: its steps, costs and trace.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        state: TrainingState,
+        clock: WindowClock,
+        every_steps: int,
+        on_error: str,
+    ) -> None:
+        self.step = 0
+        self.stall_s: dict[int, float] = {}
+        self.checkpointer = checkpointer
+        self._state = state
+        self._every_steps = every_steps
+        self._raises = on_error == "raise"
+        self._cycle = Cycle(clock, checkpointer)
+        self._updating: Optimizer | None = None
+        self._due = False  # the step is to be captured, which has not begun
+        self._seen_forward = False  # buffers may have changed since the update
+        self._capture: Capture | None = None
+        self._held_s = 0.0
+        self._hooks = list(self._hook()) if state.optimizers else []
+
+    def __enter__(self) -> TrainingCheckpointer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- by hand ---------------------------------------------------------------------------
+
+    def restore(self, step: int | None = None) -> int:
+        """Make module, optimizers, extra state and generators what they were; the step.
+
+        Reads straight into the tensors that exist. Optimizer state that does not exist yet is
+        created; options of parameter groups come back too. All ranks call this together, and
+        restore the same step.
+
+        Args:
+            step: which; None for the newest good one (damaged ones are passed over, loudly).
+                To train on from an older one, call `checkpointer.discard_after(step)` as well.
+
+        Returns:
+            The step restored; 0 if there is no checkpoint yet.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step, or none that is whole.
+            StateMismatchError: listing every difference; nothing was changed.
+            CorruptionError, FormatError: the step asked for by number is damaged; parameters and
+                optimizer state are then undefined.
+            StoreError: the store failed.
+        """
+        self.wait()
+        world = self._state.world
+        _, found = world.extremes(len(self.checkpointer.steps()))
+        if step is None and found == 0:
+            return 0
+
+        def fill(checkpoint: Checkpoint) -> None:
+            restore_into(checkpoint, self._state)
+
+        self.step = restore_together(self.checkpointer, fill, step, world)
+        self._due = self._seen_forward = False
+        self._cycle.begin()
+        return self.step
+
+    def save_now(self) -> None:
+        """Checkpoint the current step whatever `every_steps` says, if it is not already.
+
+        Call it between an update and the next forward pass. Durable after `wait()`.
+
+        Raises:
+            SaveFailedError: a forward pass has begun since the update, and may have changed
+                buffers; the step was not to be checkpointed and cannot be any more.
+        """
+        if not self._due and self._capture is None and self.step not in self.stall_s:
+            if self._seen_forward:
+                raise SaveFailedError(
+                    "the step cannot be checkpointed: a forward pass has begun since its update",
+                    step=self.step,
+                    hint="Call save_now() between optimizer.step() and the next forward pass",
+                )
+            self._note_update()
+        self._barrier()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when every step up to now that is to be checkpointed is durable.
+
+        Raises:
+            SaveFailedError: one failed (with on_error="raise").
+            TimeoutError: it takes longer.
+        """
+        self._barrier()
+        self.checkpointer.wait(timeout_s)
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Remove all hooks, finish what is under way, then raise what `wait` would."""
+        try:
+            self._barrier()
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            self.checkpointer.close(timeout_s)
+
+    # -- hooks -----------------------------------------------------------------------------
+
+    def _hook(self) -> Iterator[Any]:
+        module = unwrap(self._state.module)
+        for each in dict.fromkeys([module, *changes_in_forward(module)]):
+            yield each.register_forward_pre_hook(self._before_forward, prepend=True)
+        blocks = find_blocks(module)
+        self._cycle.expect(len(blocks))
+        for block in blocks:
+            yield from hook_windows(block, self._on_window)
+        for optimizer in self._state.optimizers:
+            yield optimizer.register_step_pre_hook(self._before_update)
+            yield optimizer.register_step_post_hook(self._after_update)
+
+    def _before_forward(self, module: nn.Module, _args: Any) -> None:
+        if self._updating is None and (module.training or torch.is_grad_enabled()):
+            self._seen_forward = True
+            if self._due:
+                self._begin()
+
+    def _on_window(self, phase: Phase) -> None:
+        if self._updating is None:
+            ordinal = self._cycle.open(phase, self.step)
+            if ordinal is not None and self._capture is not None:
+                self._capture.enter_window(ordinal)
+
+    def _before_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        self._barrier()
+        self.checkpointer.raise_errors()
+        self._updating = optimizer
+
+    def _after_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        self._updating = None
+        if optimizer is self._state.optimizers[-1]:
+            self.step += 1
+            self._seen_forward = False
+            self._cycle.begin()
+            if self.step % self._every_steps == 0:
+                self._note_update()
+
+    # -- one snapshot ----------------------------------------------------------------------
+
+    def _note_update(self) -> None:
+        """The step is to be captured; take what will not wait for the next forward pass."""
+        with self._failures(), self._held():
+            self._state.note_update()
+            self._due = True
+
+    def _begin(self) -> None:
+        """From here on the state is final, and may be copied in the background."""
+        self._due = False
+        with self._failures(), self._held():
+            begun_s = time.monotonic()
+            view = self._state.view()
+            view_s = time.monotonic() - begun_s
+            windows = self._cycle.expected
+            self._capture = self.checkpointer.begin(self.step, view, windows=windows)
+            self._capture.add_stall(self._held_s + view_s)
+        if not self.checkpointer.strategy.windows:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Have everything captured: after this the state may change."""
+        capture = self._capture
+        if capture is not None:
+            with self._held():
+                capture.finish()
+                self._capture = None
+                self._block_on(capture)
+            self._remember(capture.step)
+        self._held_s = 0.0
+
+    def _block_on(self, capture: Capture) -> None:
+        if self.checkpointer.strategy.blocking:
+            with self._failures():
+                capture.pending.wait()
+
+    def _remember(self, step: int) -> None:
+        self.stall_s[step] = self._held_s
+        if len(self.stall_s) > _STALLS_REMEMBERED:
+            del self.stall_s[next(iter(self.stall_s))]
+
+    def _barrier(self) -> None:
+        """Everything of a step that is to be captured is, when this returns."""
+        if self._due:
+            self._begin()
+        self._finish()
+        self._cycle.end()
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Count the time inside as time for which training waits."""
+        begun_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._held_s += time.monotonic() - begun_s
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """With on_error="warn" a checkpoint that fails is logged and training goes on."""
+        try:
+            yield
+        except AsymCheckError as error:
+            if self._raises:
+                raise
+            _log.error("step %d is not checkpointed: %s", self.step, error)

@@ -1,0 +1,74 @@
+"""The processes that train together, and the little that they must agree on."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A process group as the adapter uses it; a single process needs none.
+
+    Attributes:
+        group: the process group, or None for a single process.
+        rank, size: this process in the group, and how many there are.
+        shares_buffers: the buffers of rank 0 are everybody's (DDP sends them before each forward
+            pass); else each rank has its own.
+    """
+
+    group: Any
+    rank: int
+    size: int
+    shares_buffers: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, group: dist.ProcessGroup | None) -> World:
+        """The group given, else DDP's, else a single process."""
+        ddp = _ddp_of(module)
+        if group is None and ddp is not None:
+            group = ddp.process_group
+        if group is None:
+            return cls(None, 0, 1, shares_buffers=True)
+        shares = ddp is not None and ddp.broadcast_buffers
+        size = dist.get_world_size(group)
+        return cls(group, dist.get_rank(group), size, shares or size == 1)
+
+    def broadcast(self, number: int) -> int:
+        """The number that rank 0 gives."""
+        if self.size > 1:
+            tensor = self._tensor(number)
+            dist.broadcast(tensor, group=self.group, group_src=0)
+            number = int(tensor.item())
+        return number
+
+    def extremes(self, number: int) -> tuple[int, int]:
+        """The smallest and the largest number that any rank gives."""
+        if self.size == 1:
+            return number, number
+        tensor = self._tensor([-number, number])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return -int(tensor[0]), int(tensor[1])
+
+    def fresh_name(self) -> str:
+        """A name that no other run has, the same on all ranks."""
+        return f"{self.broadcast(secrets.randbits(62)):x}"
+
+    def _tensor(self, number: int | list[int]) -> torch.Tensor:
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        return torch.tensor(number, dtype=torch.int64, device=device)
+
+
+def _ddp_of(module: nn.Module) -> DistributedDataParallel | None:
+    while not isinstance(module, DistributedDataParallel):
+        inner = getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return None
+        module = inner
+    return module

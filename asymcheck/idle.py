@@ -230,10 +230,9 @@ class WindowTimer:
         with self._lock:
             now_s = self._clock()
             self._communications += 1
-            if self._communications == 1:
-                self._end_gap(now_s)
-                if self._closed_at_s is not None:
-                    self._end_window(now_s)
+            self._end_gap(now_s)
+            if self._closed_at_s is not None:
+                self._end_window(now_s)
 
     def communication_end(self) -> None:
         """A communication ends. One that began before the timer existed is not counted."""

@@ -217,7 +217,7 @@ class _Cursor:
         while self._group < len(self._groups):
             if self._group_begin_nbytes + self._current.nbytes > whole_nbytes:
                 elements = (cut - self._group_begin_nbytes) / self._current.bytes_per_element
-                nearest = min(math.floor(elements + Fraction(1, 2)), self._current.count)
+                nearest = math.floor(elements + Fraction(1, 2))
                 if nearest > self._taken:
                     pieces.append(self._take(nearest))
                 break

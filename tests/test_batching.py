@@ -126,6 +126,7 @@ def derive(**changes: float) -> int:
 
 def test_bytes_that_are_there_at_once_are_spread_over_the_streams() -> None:
     assert derive(fill_s_per_byte=0.0) == 250_000_000
+    assert derive(fill_s_per_byte=0.0, volume_nbytes=1_000_000_001) == 250_000_001
     # 50 ms a request, 80 MB/s a stream, 32 streams: about 4 MiB were measured best for 128 MiB.
     cloud = {"alpha_s": 50e-3, "beta_s_per_byte": 1 / 80e6, "fill_s_per_byte": 1e-10}
     assert derive(**cloud, puts_in_flight=32, volume_nbytes=128 * MIB) == 4 * MIB

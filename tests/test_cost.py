@@ -125,6 +125,14 @@ def test_outliers_on_both_sides_are_no_change() -> None:
     assert cost.line.seconds(MIB) == pytest.approx(truth.seconds(MIB), rel=1.0)
 
 
+def test_outliers_must_be_on_one_side_in_a_row_to_be_a_change() -> None:
+    truth = Line(1e-3, 1e-9)
+    cost = fitted(truth, SIZES_NBYTES * 10)
+    for factor in (100, 100, 0.01, 100, 100, 1, 100, 100):
+        cost.observe(MIB, factor * truth.seconds(MIB))
+    assert cost.line.seconds(MIB) < 3 * truth.seconds(MIB)
+
+
 @pytest.mark.parametrize("factor", [0.05, 0.5, 2.0, 20.0])
 def test_a_lasting_change_is_followed(factor: float) -> None:
     cost = fitted(Line(1e-3, 1e-9), SIZES_NBYTES * 30)

@@ -259,7 +259,7 @@ class TestHostileDirectories:
     @pytest.fixture
     def outside(self, tmp_path: Path) -> Path:
         outside = tmp_path / "outside"
-        outside.mkdir()
+        (outside / "a").mkdir(parents=True)
         (outside / "secret").write_bytes(b"secret")
         return outside
 
@@ -313,7 +313,7 @@ class TestHostileDirectories:
             with pytest.raises(StoreError, match="not a directory"):
                 attempt()
         assert store.list("") == []
-        assert [path.name for path in outside.iterdir()] == ["secret"]
+        assert sorted(path.name for path in outside.rglob("*")) == ["a", "secret"]
         assert temporaries(root) == []
 
     def test_linked_temporaries_are_refused(self, root: Path, outside: Path) -> None:
@@ -323,7 +323,7 @@ class TestHostileDirectories:
             store.put("k", memoryview(b"x"))
         with pytest.raises(StoreError, match="not a directory"):
             store.clear_stale_temporaries()
-        assert [path.name for path in outside.iterdir()] == ["secret"]
+        assert sorted(path.name for path in outside.rglob("*")) == ["a", "secret"]
 
     def test_the_root_itself_may_be_a_link(self, tmp_path: Path, root: Path) -> None:
         (tmp_path / "link").symlink_to(root)

@@ -36,7 +36,7 @@ class Directories:
             StoreError: a symbolic link, which might lead out of the root; a root that is a file.
             FileNotFoundError, NotADirectoryError: there is no such directory.
         """
-        if directory != self._root:
+        if self._root in directory.parents:
             self.check(directory.parent)
         self._require_directory(directory)
 
@@ -84,7 +84,7 @@ class Directories:
 
     def _exists(self, directory: Path) -> bool:
         try:
-            self._require_directory(directory)
+            self.check(directory)
         except FileNotFoundError:
             return False
         return True

@@ -534,14 +534,11 @@ class Checkpointer:
         """On writer 0, right before a record is published: damaged steps give way."""
         if not self._swept:
             self._swept = True
-            collect_orphans(self._store, self._run_id, self._in_flight(attempt))
+            collect_orphans(self._store)
         for step in self._passed_over:
             retire(self._store, step)
             self._known.pop(step, None)
         self._passed_over = []
-
-    def _in_flight(self, attempt: Attempt) -> set[str]:
-        return {f"{self._run_id}-{n:06d}" for n in range(self._attempts + 1)} | {attempt.name}
 
     def after_attempt(self, attempt: Attempt) -> None:
         """When an attempt is committed or has failed; on the committer's thread."""
@@ -611,14 +608,15 @@ class _Pipeline:
     def _put(self, key: str, data: memoryview) -> None:
         with self._lock:
             self._in_flight += 1
-            in_flight = self._in_flight
+            at_begin = self._in_flight
         begun_s = time.monotonic()
         try:
             self._store.put(key, data)
         finally:
             with self._lock:
+                at_end = self._in_flight
                 self._in_flight -= 1
-        self.cost.observe_write(len(data), time.monotonic() - begun_s, in_flight)
+        self.cost.observe_write(len(data), time.monotonic() - begun_s, (at_begin + at_end) / 2)
         step = int(key.split("/")[1].split("-")[0])
         self._trace.add("flush", key.rsplit("/", 1)[1], step, begun_s, len(data))
 

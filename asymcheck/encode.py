@@ -136,10 +136,12 @@ class Encoder:
         sizes = [unit.count * spec.itemsize for spec in specs]
         staging = self._stage(sum(n for n, c in zip(sizes, codecs, strict=True) if c.id != "raw"))
         columns: list[CapturedColumn] = []
+        sealed: list[OpenPack | None] = []
         position = 0
         for source, codec, nbytes in zip(unit.sources, codecs, sizes, strict=True):
             if codec.id == "raw":
-                slot = self._reserve_raw(attempt, nbytes)
+                slot, full = self._raw_packs.reserve(nbytes)
+                sealed.append(full)
                 columns.append(CapturedColumn(source, codec, slot.view, slot))
             else:
                 assert staging is not None
@@ -150,6 +152,8 @@ class Encoder:
         captured = CapturedUnit(attempt, unit, group, columns, buffer)
         coded = self._executor.submit(self._code, captured, self._reference)
         self._items.put((captured, coded))
+        for pack in sealed:  # may hold columns of this very unit: sent after it, not before
+            self._emit(attempt, pack)
         return captured
 
     def end_partition(self, attempt: Attempt) -> None:
@@ -192,11 +196,6 @@ class Encoder:
         if full is not None:
             full.release()
         slot.pack.buffer.hold()
-        return slot
-
-    def _reserve_raw(self, attempt: Attempt, nbytes: int) -> Slot:
-        slot, sealed = self._raw_packs.reserve(nbytes)
-        self._emit(attempt, sealed)
         return slot
 
     def _emit(self, attempt: Attempt, pack: OpenPack | None) -> None:

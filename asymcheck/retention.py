@@ -8,7 +8,7 @@ their run is alive.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from asymcheck.commit import commit_key, committed_steps, read_commit
@@ -113,15 +113,8 @@ def apply(
     return steps
 
 
-def collect_orphans(
-    store: Store, own_run: str | None = None, in_flight: Collection[str] = ()
-) -> list[str]:
+def collect_orphans(store: Store) -> list[str]:
     """Delete objects of attempts that no commit record names and no live run is writing.
-
-    Args:
-        store: the run's store.
-        own_run: this process's run: its attempts are orphans unless they are `in_flight`.
-        in_flight: names of this run's attempts that are under way.
 
     Returns:
         The keys deleted. While any commit record is damaged nothing is collected: it might be
@@ -130,7 +123,7 @@ def collect_orphans(
     # In this order: who wrote these objects held a lease before, and if it is gone by now, what
     # it has committed is in the records.
     objects = store.list("data/")
-    alive = live_runs(store) - {own_run}
+    alive = live_runs(store)
     steps = survey(store)
     if any(committed.attempt is None for committed in steps.values()):
         return []
@@ -140,8 +133,7 @@ def collect_orphans(
         match = _DATA_KEY.fullmatch(key)
         if match is None or match[1] in kept:
             continue
-        run, attempt = match[3], f"{match[3]}-{match[4]}"
-        if run in alive or attempt in in_flight:
+        if match[3] in alive:
             continue
         store.delete(key)
         removed.append(key)

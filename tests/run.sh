@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Make a virtual environment, install AsymCheck with its tools, and run every check.
+# Arguments go to pytest (for instance: -k crash, or -m long). PYTHON chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+export PATH="$PWD/.venv/bin:$PATH"
+ruff check .
+ruff format --check .
+pyright
+lint-imports
+pytest --cov=asymcheck --cov-report=term --cov-fail-under=90 "$@"

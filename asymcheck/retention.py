@@ -116,10 +116,13 @@ def apply(
 def collect_orphans(store: Store) -> list[str]:
     """Delete objects of attempts that no commit record names and no live run is writing.
 
+    Temporary files of dead writers go as well.
+
     Returns:
         The keys deleted. While any commit record is damaged nothing is collected: it might be
         the one that names the objects.
     """
+    store.clear_stale_temporaries()
     # In this order: who wrote these objects held a lease before, and if it is gone by now, what
     # it has committed is in the records.
     objects = store.list("data/")
@@ -131,9 +134,7 @@ def collect_orphans(store: Store) -> list[str]:
     removed: list[str] = []
     for key in objects:
         match = _DATA_KEY.fullmatch(key)
-        if match is None or match[1] in kept:
-            continue
-        if match[3] in alive:
+        if match is None or match[1] in kept or match[3] in alive:
             continue
         store.delete(key)
         removed.append(key)

@@ -93,6 +93,10 @@ class Store(Protocol):
         """Remove an object; no error if it is not there."""
         ...
 
+    def clear_stale_temporaries(self) -> int:
+        """Remove what puts of dead processes left outside of the keys; how many pieces."""
+        ...
+
     def close(self) -> None:
         """Release threads, handles and files."""
         ...

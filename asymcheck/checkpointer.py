@@ -629,7 +629,7 @@ class _Pipeline:
             self.encoder.close()
             self.flush.close()
             self.committer.close(None)
-        self.lease.close()
+        self.lease.close(abandon=abandon)
 
 
 def _buffer_nbytes(host_nbytes: int) -> int:

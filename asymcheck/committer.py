@@ -152,7 +152,7 @@ class Committer:
             merge(record, "", manifests)  # raises unless everything is covered exactly once
         self._before_commit(attempt)
         sealed_record = seal_commit(record)
-        self._lease.check()
+        self._lease.check(attempt.begun_s)
         attempt.published = True
         try:
             publish(self._store, attempt.step, sealed_record)

@@ -2,18 +2,16 @@
 
 A run keeps a small object `runs/<run>/w<writer>-<n>.json` that says until when it is to be left
 alone, and replaces it by one with a later time while it lives (every writer of a run has its
-own). Keys are never reused. On the host where the run was started a dead process is known at
-once; elsewhere its time must have passed.
+own). Keys are never reused. Where the writer's process can be seen (same boot, same PID
+namespace) it is known at once whether it lives; elsewhere its time must have passed.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 import re
-import socket
 import threading
 import time
-from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta
@@ -27,20 +25,22 @@ from asymcheck.errors import (
 )
 from asymcheck.manifest import Record
 from asymcheck.records import seal, unseal
+from asymcheck.stores import process_identity
 from asymcheck.stores.base import Store
 
+_log = logging.getLogger("asymcheck")
 _KEY = re.compile(r"runs/([0-9a-z]{1,32})/w[0-9]{5}-[0-9]{8}\.json")
 _MAX_LEASE_NBYTES = 4096
 
 
 class Lease(Record):
-    """Who writes, and until when (UNIX time, seconds) nobody else may collect what it wrote."""
+    """Who writes, and until when (UNIX time, seconds) nobody else may collect what it wrote.
+
+    `process` is the writer's `process_identity.token()`.
+    """
 
     run: Annotated[str, Meta(max_length=32)]
-    host: Annotated[str, Meta(max_length=256)]
-    boot: Annotated[str, Meta(max_length=64)]
-    pid: int
-    pid_started: int
+    process: Annotated[str, Meta(max_length=128)]
     expires_unix_s: float
 
 
@@ -60,6 +60,7 @@ class LeaseKeeper:
         self._lease_s = lease_s
         self._sequence = 0
         self._expires_unix_s = 0.0
+        self._held_since_s = 0.0  # monotonic, like the time at which an attempt began
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -74,9 +75,12 @@ class LeaseKeeper:
                 )
                 self._thread.start()
 
-    def check(self) -> None:
-        """`CommitError` if the lease has run out, so that packs may have been collected."""
-        if time.time() >= self._expires_unix_s:
+    def check(self, since_s: float) -> None:
+        """`CommitError` unless the lease was held without a gap since `since_s` (monotonic).
+
+        In a gap somebody may have collected what was stored before.
+        """
+        if time.time() >= self._expires_unix_s or since_s < self._held_since_s:
             raise CommitError(
                 "the run's lease ran out before it could commit: the process was suspended or "
                 "the store did not answer, and its packs may have been collected",
@@ -84,12 +88,15 @@ class LeaseKeeper:
                 hint="The next save starts afresh",
             )
 
-    def close(self) -> None:
-        """Stop renewing and give the lease up (best effort: else it runs out)."""
+    def close(self, *, abandon: bool) -> None:
+        """Stop renewing and give the lease up (best effort: else it runs out).
+
+        With `abandon` the store is not asked again, since it may never answer.
+        """
         self._stop.set()
-        if self._thread is None:
+        if self._thread is None or abandon:
             return
-        self._thread.join(timeout=self._lease_s)
+        self._thread.join()
         try:
             self._store.delete(self._key(self._sequence))
         except AsymCheckError:
@@ -104,16 +111,11 @@ class LeaseKeeper:
 
     def _renew(self) -> None:
         expires_unix_s = time.time() + self._lease_s
-        lease = Lease(
-            self._run,
-            socket.gethostname(),
-            _boot_id(),
-            os.getpid(),
-            _started(os.getpid()) or 0,
-            expires_unix_s,
-        )
+        lease = Lease(self._run, process_identity.token(), expires_unix_s)
         self._store.put(self._key(self._sequence + 1), memoryview(seal("lease", lease)))
         previous, self._sequence = self._sequence, self._sequence + 1
+        if time.time() >= self._expires_unix_s:
+            self._held_since_s = time.monotonic()
         self._expires_unix_s = expires_unix_s
         if previous:
             self._store.delete(self._key(previous))
@@ -144,23 +146,8 @@ def _is_alive(store: Store, key: str) -> bool:
         lease = unseal(store.get(key, _MAX_LEASE_NBYTES), "lease", Lease, object=key)
     except ObjectNotFoundError:
         return True  # replaced by its successor this moment
-    except (CorruptionError, FormatError):
-        return False  # never written whole: stores publish whole objects
-    if lease.host == socket.gethostname() and lease.boot == _boot_id() and lease.boot:
-        return _started(lease.pid) == lease.pid_started
-    return time.time() < lease.expires_unix_s
-
-
-def _boot_id() -> str:
-    """Changes with every boot of this machine; empty where the system does not tell."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
-
-
-def _started(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot, or None if there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return int(fields[19])
+    except (CorruptionError, FormatError) as error:
+        _log.warning("run %s is taken to be alive: %s", key.split("/")[1], error)
+        return True  # damaged, or of a later version: better garbage than a dead writer
+    gone = process_identity.is_gone(lease.process)
+    return time.time() < lease.expires_unix_s if gone is None else not gone

@@ -38,7 +38,8 @@ class Attempt:
     """The state of one step's save; shared by the threads that work on it.
 
     `name` is unique for the run and equal on all its writers. `base_step` is the step whose
-    bytes its increments need, None for a base.
+    bytes its increments need, None for a base. `predecessor_encoded` is set when the blocks of the
+    attempt before are in the reference.
     """
 
     step: int
@@ -49,7 +50,7 @@ class Attempt:
     structure: tree.Node
     metadata: Mapping[str, Any]
     base_step: int | None
-    previous: Attempt | None
+    predecessor_encoded: threading.Event | None
     pack_nbytes: int
     begun_s: float = field(default_factory=time.monotonic)
     rows: list[Row] = field(default_factory=list[Row])

@@ -100,6 +100,7 @@ class BufferPool:
         Raises:
             CaptureTimeoutError: none came back in time.
             ClosedError: the pool was closed meanwhile.
+            MemoryError: the system has none left.
         """
         deadline = time.monotonic() + self._timeout_s
         with self.condition:
@@ -110,7 +111,13 @@ class BufferPool:
             if self._free:
                 return Buffer(self, self._free.pop())
             self._allocated_nbytes += self.buffer_nbytes
-        return Buffer(self, self._allocate(self.buffer_nbytes))
+        try:
+            return Buffer(self, self._allocate(self.buffer_nbytes))
+        except BaseException:
+            with self.condition:
+                self._allocated_nbytes -= self.buffer_nbytes
+                self.condition.notify_all()
+            raise
 
     def _wait(self, deadline: float) -> None:
         remaining_s = 0.0 if self._hopeless else deadline - time.monotonic()

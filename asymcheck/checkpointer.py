@@ -58,6 +58,7 @@ T = TypeVar("T")
 _log = logging.getLogger("asymcheck")
 
 PUTS_IN_FLIGHT = 4
+CODING_BUFFERS = 3
 MIN_PACK_NBYTES = 1 << 20
 MAX_BUFFER_NBYTES = 32 << 20
 MIN_HOST_NBYTES = 1 << 20
@@ -263,11 +264,9 @@ class Checkpointer:
             structure=view.structure,
             metadata=metadata if self._writer == 0 else {},
             base_step=base.step if base is not None and self._reference is not None else None,
-            previous=self._last,
+            predecessor_encoded=self._last.encoded if self._last is not None else None,
             pack_nbytes=self._pack_nbytes(plan, pipeline),
         )
-        if self._last is not None:
-            self._last.previous = None  # only the one before is ever waited for
         if self._reference is not None:
             self._reference.holds = attempt.name
         return attempt
@@ -575,7 +574,8 @@ class _Pipeline:
         self.cost = owner.cost
         self.buffer_nbytes = _buffer_nbytes(host_nbytes)
         pack_nbytes = (PUTS_IN_FLIGHT + 1) * self.buffer_nbytes
-        self.capture_nbytes = host_nbytes - pack_nbytes
+        coding_nbytes = CODING_BUFFERS * self.buffer_nbytes
+        self.capture_nbytes = host_nbytes - pack_nbytes - coding_nbytes
         self.capture_pool = BufferPool(
             self.buffer_nbytes, self.capture_nbytes, stall_timeout_s, owner._allocate
         )
@@ -588,6 +588,7 @@ class _Pipeline:
             pack_pool=self.pack_pool,
             flush=self.flush,
             threads=encode_threads or max(1, min(8, (os.cpu_count() or 1) // 2)),
+            max_coding_nbytes=coding_nbytes,
         )
         self.snapshotter = Snapshotter()
         self.lease = LeaseKeeper(store, owner._run_id, owner._writer, lease_s)

@@ -32,6 +32,9 @@ from asymcheck.threads import run_at_low_priority
 
 Payload = bytes | memoryview
 
+MIN_CAPTURE_BUFFERS = 3
+"""One for raw packs, one for what is to be coded, and one to go on with."""
+
 
 @dataclass(slots=True)
 class CapturedColumn:
@@ -52,6 +55,7 @@ class CapturedUnit:
     group: int
     columns: list[CapturedColumn]
     staging: Buffer | None
+    coding: range  # the bytes to be coded, counted over all units
     ready: Future[None] = field(default_factory=Future[None])
 
 
@@ -85,8 +89,17 @@ _Item = tuple[CapturedUnit, Future[list[_Coded]]] | _Sealed | _Mark
 class Encoder:
     """Places units in host memory before capture, and turns them into packs afterwards.
 
-    `place`, `captured`, `end_partition` and `end` are called by whoever captures, one at a time;
-    `place` blocks while host memory is short.
+    `place`, `end_partition` and `end` are called by whoever captures, one at a time; `place` blocks
+    while host memory is short.
+
+    Args:
+        policy, cost: what decides on codecs, and what is told of their costs.
+        capture_pool: for captured bytes; at least `MIN_CAPTURE_BUFFERS`, or `place` waits in vain.
+        pack_pool: for packs of coded blocks.
+        flush: where packs go.
+        threads: units coded at once.
+        max_coding_nbytes: bound on the raw bytes of units that are being coded or wait, coded, to
+            be packed: their payloads lie in memory beside the pools. One unit always may.
     """
 
     def __init__(
@@ -98,12 +111,17 @@ class Encoder:
         pack_pool: BufferPool,
         flush: FlushQueue,
         threads: int,
+        max_coding_nbytes: int,
     ) -> None:
         self._policy = policy
         self._cost = cost
         self._capture_pool = capture_pool
         self._pack_pool = pack_pool
         self._flush = flush
+        self._max_coding_nbytes = max_coding_nbytes
+        self._placed_nbytes = 0  # to be coded, of all units so far
+        self._packed_nbytes = 0  # of these
+        self._packing = threading.Condition()  # guards _packed_nbytes
         self._codecs: dict[str, Codec] = {}
         self._items: SimpleQueue[_Item | None] = SimpleQueue()
         self._executor = ThreadPoolExecutor(threads, "asymcheck-encode", run_at_low_priority)
@@ -127,29 +145,35 @@ class Encoder:
         """Room for a unit's bytes, decided by the policy: in a pack if raw, else beside.
 
         Raises:
-            CaptureTimeoutError, ClosedError: no memory; the attempt should be given up.
+            CaptureTimeoutError, ClosedError: no memory; the attempt must be given up.
         """
         if unit.partition != self._decided_partition:
             self._decide(attempt, unit.partition)
         specs = [attempt.plan.specs[source] for source in unit.sources]
         codecs = [self._codec(self._decisions[spec.kind, spec.dtype].codec) for spec in specs]
         sizes = [unit.count * spec.itemsize for spec in specs]
-        staging = self._stage(sum(n for n, c in zip(sizes, codecs, strict=True) if c.id != "raw"))
-        columns: list[CapturedColumn] = []
-        sealed: list[OpenPack | None] = []
-        position = 0
-        for source, codec, nbytes in zip(unit.sources, codecs, sizes, strict=True):
-            if codec.id == "raw":
-                slot, full = self._raw_packs.reserve(nbytes)
-                sealed.append(full)
-                columns.append(CapturedColumn(source, codec, slot.view, slot))
-            else:
-                assert staging is not None
-                view = staging.view[position : position + nbytes]
-                columns.append(CapturedColumn(source, codec, view, None))
-                position += nbytes
-        buffer = staging.pack.buffer if staging is not None else None
-        captured = CapturedUnit(attempt, unit, group, columns, buffer)
+        coding_nbytes = sum(n for n, c in zip(sizes, codecs, strict=True) if c.id != "raw")
+        sealed: list[OpenPack] = []
+        try:
+            slots = [
+                self._reserve_raw(nbytes, sealed) if codec.id == "raw" else None
+                for codec, nbytes in zip(codecs, sizes, strict=True)
+            ]
+            staging = self._stage(coding_nbytes)
+        except BaseException:
+            for pack in sealed:
+                pack.release()
+            raise
+        coding = range(self._placed_nbytes, self._placed_nbytes + coding_nbytes)
+        self._placed_nbytes = coding.stop
+        captured = CapturedUnit(
+            attempt,
+            unit,
+            group,
+            _columns(unit, codecs, sizes, slots, staging),
+            staging.pack.buffer if staging is not None else None,
+            coding,
+        )
         coded = self._executor.submit(self._code, captured, self._reference)
         self._items.put((captured, coded))
         for pack in sealed:  # may hold columns of this very unit: sent after it, not before
@@ -198,6 +222,11 @@ class Encoder:
         slot.pack.buffer.hold()
         return slot
 
+    def _reserve_raw(self, nbytes: int, sealed: list[OpenPack]) -> Slot:
+        slot, full = self._raw_packs.reserve(nbytes)
+        sealed += [full] if full is not None else []
+        return slot
+
     def _emit(self, attempt: Attempt, pack: OpenPack | None) -> None:
         if pack is not None:
             self._items.put(_Sealed(attempt, pack))
@@ -209,12 +238,26 @@ class Encoder:
         attempt = captured.attempt
         if attempt.error is not None:
             return []
-        if reference is not None and attempt.previous is not None:
-            attempt.previous.encoded.wait()  # its blocks must be in the reference first
+        if reference is not None and attempt.predecessor_encoded is not None:
+            attempt.predecessor_encoded.wait()  # its blocks must be in the reference first
+        self._await_turn(captured.coding)
         coded = [_store_raw(captured, c, reference) for c in captured.columns if c.slot is not None]
         for codec, columns in _by_codec(captured.columns):
             coded.extend(self._encode(captured, codec, columns, reference))
         return coded
+
+    def _await_turn(self, coding: range) -> None:
+        """Hold back while the payloads of units before this one take all the memory allowed.
+
+        The oldest unit that is not packed never waits, and all before it were begun before.
+        """
+        with self._packing:
+            self._packing.wait_for(
+                lambda: (
+                    coding.start <= self._packed_nbytes
+                    or coding.stop - self._packed_nbytes <= self._max_coding_nbytes
+                )
+            )
 
     def _encode(
         self,
@@ -269,6 +312,9 @@ class Encoder:
         finally:
             if captured.staging is not None:
                 captured.staging.release()
+            with self._packing:
+                self._packed_nbytes = captured.coding.stop
+                self._packing.notify_all()
 
     def _add_block(self, captured: CapturedUnit, coded: _Coded) -> None:
         attempt, unit, column = captured.attempt, captured.unit, coded.column
@@ -323,6 +369,27 @@ class Encoder:
             self._flush.submit(key, data, done)
         except BaseException as error:
             done(error)
+
+
+def _columns(
+    unit: Unit,
+    codecs: Sequence[Codec],
+    sizes: Sequence[int],
+    slots: Sequence[Slot | None],
+    staging: Slot | None,
+) -> list[CapturedColumn]:
+    columns: list[CapturedColumn] = []
+    begin = 0
+    for source, codec, nbytes, slot in zip(unit.sources, codecs, sizes, slots, strict=True):
+        if slot is not None:
+            columns.append(CapturedColumn(source, codec, slot.view, slot))
+        else:
+            assert staging is not None
+            columns.append(
+                CapturedColumn(source, codec, staging.view[begin : begin + nbytes], None)
+            )
+            begin += nbytes
+    return columns
 
 
 def _store_raw(

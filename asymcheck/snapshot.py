@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from asymcheck.attempt import Attempt, PendingSave
 from asymcheck.cost import CostModel
 from asymcheck.encode import CapturedUnit, Encoder
-from asymcheck.errors import AsymCheckError
 from asymcheck.state import LeafSource
 from asymcheck.threads import run_at_low_priority
 from asymcheck.trace import Trace
@@ -47,12 +46,12 @@ class Capture:
         self._trace = trace
         self._taking = threading.Lock()  # guards the position and the order of placing
         self._position = 0
+        self._ended = False  # of the training thread only
         self._state = threading.Condition()  # guards what follows
         self._open_ordinal = -1
         self._idle = False
         self._finishing = False
         self._copying = 0
-        self._ended = False
 
     @property
     def step(self) -> int:
@@ -79,33 +78,39 @@ class Capture:
         """Capture what remains and return when the state may change; the seconds it took.
 
         The calling thread helps. Idempotent. Never raises for a failure of the save: that
-        surfaces at the next call of the checkpointer.
+        surfaces at the next call of the checkpointer. Interrupted (Ctrl-C), it gives the step up,
+        since nobody can tell whether the state changes before it is called again.
         """
         begun_s = time.monotonic()
+        if self._ended:
+            return 0.0
         with self._state:
-            if self._ended:
-                return 0.0
             self._finishing = True
             self._state.notify_all()
-        left_nbytes = self._drain()
-        with self._state:
-            self._state.wait_for(lambda: self._copying == 0)
-            self._ended = True
-            self._state.notify_all()
+        try:
+            left_nbytes = self._drain()
+            with self._state:
+                self._state.wait_for(lambda: self._copying == 0)
+        except BaseException as error:  # an interrupt: the state may change before all is captured
+            self._attempt.fail(error)
+            raise
         stall_s = time.monotonic() - begun_s
         self._attempt.stall_s += stall_s
         self._attempt.in_window_nbytes = self._attempt.plan.nbytes - left_nbytes
         self._trace.add("stall", "barrier", self.step, begun_s, left_nbytes)
         self._encoder.end(self._attempt)
+        self._ended = True
         return stall_s
 
     def run_in_background(self) -> None:
         """Copy in windows until the barrier takes over; called on the capture thread."""
         while self._await_window():
-            self._copy_next(in_window=True)
-            with self._state:
-                self._copying -= 1
-                self._state.notify_all()
+            try:
+                self._copy_next(in_window=True)
+            finally:
+                with self._state:
+                    self._copying -= 1
+                    self._state.notify_all()
 
     def _await_window(self) -> bool:
         """Wait for leave to copy a unit; False when there is nothing more to do here."""
@@ -160,8 +165,10 @@ class Capture:
             unit = units[position]
             try:
                 captured = self._encoder.place(attempt, unit, position)
-            except AsymCheckError as error:
+            except BaseException as error:  # room for a part of the unit may be taken already
                 attempt.fail(error)
+                if not isinstance(error, Exception):
+                    raise
                 return None
             self._position = position + 1
             last = self._position == len(units) or units[position + 1].partition != unit.partition

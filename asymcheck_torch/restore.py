@@ -49,9 +49,9 @@ class _Plan:
         self, kind: str, expected: Mapping[str, torch.Tensor], paths: Mapping[str, str]
     ) -> None:
         """Existing tensors, to be filled by the leaves of the same names."""
-        self.names(f"{kind}:", expected, paths)
+        self.names(kind, expected, paths)
         for name in expected.keys() & paths.keys():
-            self._tensor(f"{kind}: {name!r}", expected[name], paths[name])
+            self._tensor(f"{kind} {name!r}", expected[name], paths[name])
         self._check_ties(kind, expected, paths)
 
     def _tensor(self, what: str, tensor: torch.Tensor, path: str) -> None:
@@ -71,7 +71,7 @@ class _Plan:
         for name, tensor in expected.items():
             other = first.setdefault(identity(tensor), name)
             if {name, other} <= paths.keys() and self.spec(paths[name]) != self.spec(paths[other]):
-                self.problems.append(f"{kind}: {other!r} and {name!r} are tied, in it they are two")
+                self.problems.append(f"{kind}s {other!r} and {name!r} are tied, in it they are two")
 
     def raise_problems(self) -> None:
         if self.problems:

@@ -50,17 +50,20 @@ def identity(value: object) -> Hashable:
     return (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
 
 
+def _problem(tensor: torch.Tensor) -> str | None:
+    """What a tensor is that cannot be stored; None if it can."""
+    if is_traceable_wrapper_subclass(tensor):
+        return f"a {type(tensor).__name__} (sharded or wrapped tensor)"
+    if is_lazy(tensor):
+        return "a lazy parameter without a shape"
+    if tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
+        return f"a {tensor.layout} tensor on {tensor.device.type}"
+    return None if tensor.dtype in _NAMES else f"a tensor of {tensor.dtype}"
+
+
 def check_storable(tensor: torch.Tensor, path: str) -> str:
     """The dtype name of a tensor that can be stored; `UnsupportedStateError` for others."""
-    problem = None
-    if is_traceable_wrapper_subclass(tensor):
-        problem = f"a {type(tensor).__name__} (sharded or wrapped tensor)"
-    elif is_lazy(tensor):
-        problem = "a lazy parameter without a shape"
-    elif tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
-        problem = f"a {tensor.layout} tensor on {tensor.device.type}"
-    elif tensor.dtype not in _NAMES:
-        problem = f"a tensor of {tensor.dtype}"
+    problem = _problem(tensor)
     if problem is None:
         return _NAMES[tensor.dtype]
     raise UnsupportedStateError(
@@ -73,7 +76,12 @@ def check_storable(tensor: torch.Tensor, path: str) -> str:
 
 def byte_view(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """The memory of a contiguous CPU tensor, as flat bytes (shared, writable)."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy()
+    return _flat(tensor.detach()).view(torch.uint8).numpy()
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as one dimension of stride 1 (`view` keeps odd strides of length 1)."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def tensor_of(array: NDArray[Any], path: str = "") -> torch.Tensor:
@@ -98,7 +106,7 @@ def _bytes_of_range(tensor: torch.Tensor, start: int, count: int) -> torch.Tenso
         row = tensor.numel() // tensor.shape[0]
         first, stop = start // row, -(-(start + count) // row)
         tensor, start = _dense_rows(tensor, first, stop), start - first * row
-    return tensor.view(-1)[start : start + count].view(torch.uint8)
+    return _flat(tensor)[start : start + count].view(torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +216,12 @@ class SteadyCopies:
         self._previous, self._current = self._current, {}
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A private, row-major copy on the same device."""
+        """A private, row-major copy on the same device.
+
+        What cannot be stored is passed on, to be refused with its path.
+        """
+        if _problem(tensor) is not None:
+            return tensor
         key = identity(tensor)
         if key not in self._current:
             copy = self._previous.get(key)

@@ -1,0 +1,233 @@
+"""DDP in two processes: each byte stored once, restored at any world size, by all or by none."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import Counter
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("torch is built without gloo", allow_module_level=True)
+
+import torch_ddp  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch_ddp import STOP, build, start  # noqa: E402
+from torch_runs import differences, everything, seed_all  # noqa: E402
+
+import asymcheck_torch  # noqa: E402
+from asymcheck.errors import AsymCheckError, CheckpointNotFoundError, CorruptionError  # noqa: E402
+from asymcheck.index import load_index  # noqa: E402
+from asymcheck.stores import open_store  # noqa: E402
+from asymcheck_torch.agreement import restore_together  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of two ranks: its URL, and each rank's state at STOP and TOTAL."""
+    folder = tmp_path_factory.mktemp("ddp")
+    url = (folder / "run").as_uri()
+    return url, start(torch_ddp.save_and_go_on, folder / "save", url)
+
+
+def test_each_byte_is_stored_once_over_the_ranks(saved):
+    index = load_index(open_store(saved[0]), STOP)
+    stored = Counter()
+    by_writer = Counter()
+    for block in index.blocks():
+        nbytes = block.block.count * block.box.leaf.itemsize
+        stored[block.box.leaf.path] += nbytes
+        by_writer[block.group[0]] += nbytes
+    assert stored == {path: leaf.spec.nbytes for path, leaf in index.leaves.items() if stored[path]}
+    assert min(by_writer.values()) > 0.4 * sum(by_writer.values())
+    halves = {b.group[0] for b in index.blocks() if b.box.leaf.path == "exp_avg/0.weight"}
+    assert halves == {0, 1}
+
+
+def test_save_at_two_resume_at_two(saved, tmp_path):
+    url, states = saved
+    found = start(torch_ddp.resume, tmp_path / "resume", _copy_of(url, tmp_path))
+    buffers = {n: t for n, t in states[0][0]["module"].items() if n.startswith("module.1.")}
+    for (at_stop, at_end), (step, restored, end) in zip(states, found, strict=True):
+        assert step == STOP
+        at_stop = at_stop | {"module": at_stop["module"] | buffers}  # DDP takes those of rank 0
+        assert differences(restored, at_stop) == []
+        assert differences(end, at_end) == []
+
+
+def test_save_at_two_resume_at_one_and_back(saved, tmp_path):
+    url, states = saved
+    url = _copy_of(url, tmp_path)
+    run = build(distributed=False)
+    seed_all(5)
+    with run.attach(url, max_to_keep=None) as ckpt:
+        assert ckpt.restore() == STOP
+        expected = dict(states[0][0])
+        expected["module"] = _bare(expected["module"])
+        assert differences(everything(run), expected) == []
+        run.train(STOP, STOP + 1)
+        ckpt.wait()
+        alone = everything(run)
+    for step, restored, _ in start(torch_ddp.resume, tmp_path / "resume", url):
+        assert step == STOP + 1
+        restored["module"] = _bare(restored["module"])
+        assert differences(restored, alone) == []
+
+
+def test_buffers_of_each_rank_where_ddp_does_not_share_them(tmp_path):
+    url = (tmp_path / "run").as_uri()
+    states = start(torch_ddp.save_and_go_on, tmp_path / "save", url, False)
+    found = start(torch_ddp.resume, tmp_path / "resume", url, False)
+    means = [state[0]["module"]["module.1.running_mean"] for state in states]
+    assert not torch.equal(*means), "the test wants ranks whose buffers differ"
+    for (at_stop, at_end), (_, restored, end) in zip(states, found, strict=True):
+        assert differences(restored, at_stop) == []
+        assert differences(end, at_end) == []
+    ranks = asymcheck_torch.load(url, STOP)["ranks"]
+    assert set(ranks) == {"0", "1"}
+    assert torch.equal(ranks["1"]["buffers"]["1.running_mean"], means[1])
+
+
+def test_damage_that_one_rank_finds_makes_all_fall_back(saved, tmp_path):
+    url = _copy_of(saved[0], tmp_path)
+    found = start(torch_ddp.restore_with_damage_on_one_rank, tmp_path / "damage", url, False)
+    assert [step for step, _, _ in found] == [STOP - 1, STOP - 1]
+    assert differences(found[0][1], found[1][1]) == []
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=torch.multiprocessing.ProcessRaisedException,
+    reason="a writer other than 0 takes the damaged step's record for the commit it waits for",
+)
+def test_after_falling_back_all_ranks_train_on(saved, tmp_path):
+    url = _copy_of(saved[0], tmp_path)
+    found = start(torch_ddp.restore_with_damage_on_one_rank, tmp_path / "damage", url, True)
+    assert all(steps == [1, 2, 3, 4] for _, _, steps in found)
+
+
+def test_a_rank_that_fails_for_good_stops_all(saved, tmp_path):
+    url = saved[0]
+    found = start(torch_ddp.restore_into_another_model_on_one_rank, tmp_path / "fails", url)
+    assert [name for name, *_ in found] == ["AsymCheckError", "StateMismatchError"]
+    assert "'more' is missing" in found[1][1]
+    assert differences(found[1][3], found[1][2]) == []
+
+
+def _copy_of(url, tmp_path):
+    """The run again, so that tests that train on do not disturb each other."""
+    shutil.copytree(url.removeprefix("file://"), tmp_path / "copy")
+    return (tmp_path / "copy").as_uri()
+
+
+def _bare(module_state):
+    return {name.removeprefix("module."): value for name, value in module_state.items()}
+
+
+# -- agreement -----------------------------------------------------------------------------
+
+
+class ThreadWorld:
+    """A world of threads: the collective is a barrier."""
+
+    def __init__(self, size):
+        self.size = size
+        self._barrier = threading.Barrier(size, timeout=30)
+        self._numbers = []
+
+    def extremes(self, number):
+        if self._barrier.wait() == 0:
+            self._numbers = []
+        self._barrier.wait()
+        self._numbers.append(number)
+        self._barrier.wait()
+        return min(self._numbers), max(self._numbers)
+
+
+class Step:
+    def __init__(self, step):
+        self.step = step
+
+
+class FakeCheckpointer:
+    """`restore_with` as the core's, over steps of which some cannot be opened here."""
+
+    def __init__(self, health):
+        self._health = health
+
+    def restore_with(self, fill, step):
+        for each in sorted(self._health, reverse=True) if step is None else [step]:
+            try:
+                if self._health[each] == "unopenable":
+                    raise CorruptionError("cannot be opened", step=each)
+                if self._health[each] == "unavailable":
+                    raise AsymCheckError("the store went away", step=each)
+                return fill(Step(each))
+            except CorruptionError:
+                if step is not None:
+                    raise
+        raise CheckpointNotFoundError("no checkpoint is whole")
+
+
+HEALTH = st.sampled_from(["good"] * 4 + ["unopenable", "damaged", "unavailable", "misfit"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    ranks=st.integers(1, 3).flatmap(
+        lambda steps: st.lists(
+            st.fixed_dictionaries({step: HEALTH for step in range(1, steps + 1)}),
+            min_size=1,
+            max_size=3,
+        )
+    ),
+    explicit=st.booleans(),
+)
+def test_all_ranks_restore_the_same_step_or_none_does(ranks, explicit):
+    """Whatever is wrong on whichever rank, nobody hangs and nobody is alone."""
+    world = ThreadWorld(len(ranks))
+    step = max(ranks[0]) if explicit else None
+    results = [None] * len(ranks)
+
+    def work(rank):
+        def fill(checkpoint):
+            health = ranks[rank][checkpoint.step]
+            if health == "damaged":
+                raise CorruptionError("damaged", step=checkpoint.step)
+            if health == "misfit":
+                raise AsymCheckError("does not fit", step=checkpoint.step)
+
+        try:
+            checkpointer = FakeCheckpointer(ranks[rank])
+            results[rank] = restore_together(checkpointer, fill, step, world)
+        except AsymCheckError as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    restored = {result for result in results if isinstance(result, int)}
+    assert None not in results
+    assert not restored or (len(restored) == 1 and not any(_is_error(r) for r in results))
+    assert not restored or restored == {_expected(ranks, step)}
+    assert restored or _expected(ranks, step) is None
+
+
+def _is_error(result):
+    return isinstance(result, Exception)
+
+
+def _expected(ranks, step):
+    """The newest step that is good everywhere, unless a failure that is no damage comes first."""
+    for each in sorted(ranks[0], reverse=True) if step is None else [step]:
+        health = {rank[each] for rank in ranks}
+        if health == {"good"}:
+            return each
+        if health & {"unavailable"} or ("misfit" in health and "unopenable" not in health):
+            return None
+    return None

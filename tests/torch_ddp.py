@@ -1,0 +1,134 @@
+"""What the processes of the DDP tests run; started by `spawn`, so it stands in its own module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch_runs import Run, everything, plain_step, seed_all
+
+from asymcheck.errors import CorruptionError
+from asymcheck_torch import training
+
+STOP, TOTAL = 3, 5
+
+
+class Position:
+    """A data position: where in its own stream a rank is."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def __iter__(self) -> Position:
+        return self
+
+    def __next__(self) -> int:
+        self.drawn += 1
+        return self.drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn = state["drawn"]
+
+
+def build(distributed: bool, broadcast_buffers: bool = True) -> Run:
+    """A model with one leaf large enough to be split, batch norm, dropout and a position."""
+    torch.manual_seed(7)  # DDP wants equal models; everything else differs by rank
+    bare = nn.Sequential(
+        nn.Linear(12, 1500), nn.BatchNorm1d(1500), nn.Dropout(0.2), nn.Linear(1500, 12)
+    )
+    module = DistributedDataParallel(bare) if distributed else bare
+    if distributed:
+        module.broadcast_buffers = broadcast_buffers
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    position = Position()
+
+    def iterate(_i: int) -> torch.Tensor:
+        scale = next(position)
+        with torch.no_grad():
+            torch.randn(scale)
+        return plain_step(module, optimizer)
+
+    return Run(module, [optimizer], iterate, {"position": position})
+
+
+def start(worker: Callable[..., None], folder: Path, *args: Any, world: int = 2) -> list[Any]:
+    """Run `worker(rank, *args)` in `world` processes; what each returned."""
+    folder.mkdir()
+    torch.multiprocessing.spawn(_enter, (worker, folder, world, args), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _enter(
+    rank: int, worker: Callable[..., Any], folder: Path, world: int, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    torch.save(worker(rank, *args), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def save_and_go_on(rank: int, url: str, broadcast_buffers: bool = True) -> Any:
+    """Train with checkpoints to STOP, then without to TOTAL; the state at both."""
+    run = build(True, broadcast_buffers)
+    seed_all(100 + rank)
+    with run.attach(url, max_to_keep=None) as ckpt:
+        run.train(0, STOP)
+        assert ckpt.step == STOP
+    at_stop = everything(run)
+    run.train(STOP, TOTAL)
+    return at_stop, everything(run)
+
+
+def resume(rank: int, url: str, broadcast_buffers: bool = True) -> Any:
+    """Restore and train to TOTAL; the state right after restoring and at the end."""
+    run = build(True, broadcast_buffers)
+    seed_all(200 + rank)
+    with run.attach(url, max_to_keep=None) as ckpt:
+        step = ckpt.restore()
+        at_start = everything(run)
+        run.train(step, TOTAL)
+    return step, at_start, everything(run)
+
+
+def restore_with_damage_on_one_rank(rank: int, url: str, go_on: bool) -> Any:
+    """Rank 1 cannot read the newest step; which step is restored, and the steps after going on."""
+    run = build(True)
+    restore_into = training.restore_into
+
+    def damaged(checkpoint: Any, state: Any) -> None:
+        restore_into(checkpoint, state)
+        if rank == 1 and checkpoint.step == STOP:
+            raise CorruptionError("only this rank's disk is bad")
+
+    training.restore_into = damaged
+    with run.attach(url, max_to_keep=None) as ckpt:
+        step = ckpt.restore()
+        state = everything(run)
+        if go_on:
+            run.train(step, step + 2)
+            ckpt.wait()
+        return step, state["module"], ckpt.checkpointer.steps()
+
+
+def restore_into_another_model_on_one_rank(rank: int, url: str) -> Any:
+    """Rank 1 fails for good; the errors of both ranks, and that the model is as it was."""
+    run = build(True)
+    if rank == 1:
+        run.extras["more"] = Position()
+    before = everything(run)
+    with run.attach(url) as ckpt:
+        try:
+            ckpt.restore()
+        except Exception as error:
+            return type(error).__name__, str(error), before, everything(run)
+    raise AssertionError("restored into a model that does not fit")

@@ -66,7 +66,8 @@ class Attempt:
         self.encoded = threading.Event()
         self.flushed = threading.Event()
         self.finished = threading.Event()
-        self.reported = False
+        self.reported = False  # to the user, as an error
+        self.logged = False
         self._lock = threading.Lock()
         self._outstanding = 1  # the end of the attempt itself, so that 0 is reached once
 

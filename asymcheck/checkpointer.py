@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -16,17 +18,18 @@ from asymcheck.attempt import Attempt, PendingSave, failure
 from asymcheck.batching import derive_pack_nbytes
 from asymcheck.buffers import ALIGNMENT, Allocate, BufferPool, page_aligned
 from asymcheck.calibration import calibrate_writes
-from asymcheck.commit import committed_steps, read_commit, read_manifests, retire
+from asymcheck.commit import MAX_CHAIN, committed_steps, read_commit, read_manifests, retire
 from asymcheck.committer import Committer
 from asymcheck.cost import CostModel
-from asymcheck.encode import Encoder
+from asymcheck.encode import MIN_CAPTURE_BUFFERS, Encoder
 from asymcheck.errors import (
-    AsymCheckError,
     CheckpointNotFoundError,
     ClosedError,
+    CommitError,
     CorruptionError,
     FormatError,
     StepExistsError,
+    StoreError,
     UnsupportedStateError,
 )
 from asymcheck.flush import FlushQueue
@@ -62,6 +65,7 @@ CODING_BUFFERS = 3
 MIN_PACK_NBYTES = 1 << 20
 MAX_BUFFER_NBYTES = 32 << 20
 MIN_HOST_NBYTES = 1 << 20
+_RUN_ID = re.compile(r"[0-9a-z]{1,32}")
 
 
 class Checkpointer:
@@ -79,11 +83,13 @@ class Checkpointer:
         max_host_bytes: bound on host memory for buffers and the increments' reference.
         max_to_keep: keep the newest so many steps (and what they decode from); None keeps all.
         keep_every: also keep steps that are multiples of this.
-        max_chain: an increment has at most so many steps below it; 0 stores every step in full.
+        max_chain: an increment has at most so many steps below it, up to 256; 0 stores every
+            step in full.
         on_error: a failed save raises `SaveFailedError` at the next call ("raise"), or is logged
             while training goes on ("warn").
         writer, writers: this process's number and their count; all write the same run.
-        run_id: a name that all writers of this run share, [0-9a-z]; required for several.
+        run_id: a name that all writers share and that no start of this or another run has had
+            before, 1 to 32 of [0-9a-z]; required for several writers.
         stall_timeout_s: how long training waits for host memory when the store does not keep
             up before it gives the save up.
         commit_timeout_s: how long writers wait for each other.
@@ -126,25 +132,39 @@ class Checkpointer:
         self._on_error = on_error
         self._writer, self._writers = writer, writers
         self._run_id = run_id or secrets.token_hex(8)
-        self._allocate = allocate
+        self._run_id_is_given = run_id is not None
         self.trace = Trace()
         self._cost = cost_model
+        self._calibrated = cost_model is not None
         self._profile: IdleProfile | None = None
         self._attempts = 0
         self._plan: Plan | None = None
         self._planned_windows: list[Window] = []
         self._reference: Reference | None = None
+        self._old_reference_unused: threading.Event | None = None
+        self._warned_about: tuple[object, ...] | None = None  # a state without a reference
+        self._base_due = False  # an attempt failed: increments on those in flight fail, too
         self._last: Attempt | None = None
         self._capture: Capture | None = None
-        self._unreported: list[Attempt] = []
-        self._background_errors: list[AsymCheckError] = []
+        self._unreported: list[Attempt] = []  # begun, and not known to be committed or failed
+        self._background_errors: list[BaseException] = []
         self._errors_lock = threading.Lock()
         self._known: dict[int, Committed] = {}
         self._passed_over: list[int] = []
         self._swept = False
+        self._connected = False
         self._closed = False
         self._pipeline: _Pipeline | None = None
-        self._options = (stall_timeout_s, commit_timeout_s, lease_s, encode_threads)
+        self._options = _Options(
+            max_host_bytes,
+            self._run_id,
+            writer,
+            stall_timeout_s,
+            commit_timeout_s,
+            lease_s,
+            encode_threads or max(1, min(8, (os.cpu_count() or 1) // 2)),
+            allocate,
+        )
 
     @staticmethod
     def _check(
@@ -157,16 +177,16 @@ class Checkpointer:
     ) -> None:
         if max_host_bytes < MIN_HOST_NBYTES:
             raise ValueError(f"max_host_bytes must be at least {MIN_HOST_NBYTES}")
-        if max_chain < 0:
-            raise ValueError("max_chain must not be negative")
+        if not 0 <= max_chain <= MAX_CHAIN:
+            raise ValueError(f"max_chain must be within 0 and {MAX_CHAIN}, not {max_chain}")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error must be 'raise' or 'warn', not {on_error!r}")
         if not 0 <= writer < writers:
             raise ValueError(f"writer {writer} is not one of {writers}")
         if writers > 1 and run_id is None:
             raise ValueError("several writers need a run_id that they share")
-        if run_id is not None and not (run_id.isalnum() and run_id.islower() and run_id.isascii()):
-            raise ValueError("run_id must be of the characters [0-9a-z], with a letter among them")
+        if run_id is not None and _RUN_ID.fullmatch(run_id) is None:
+            raise ValueError(f"run_id must be 1 to 32 of the characters [0-9a-z], not {run_id!r}")
 
     # -- saving ----------------------------------------------------------------------------
 
@@ -183,12 +203,17 @@ class Checkpointer:
         Raises:
             UnsupportedStateError: the state or the metadata cannot be represented.
             StepExistsError: the step is committed.
-            SaveFailedError: an earlier save failed (with on_error="raise").
+            SaveFailedError: an earlier save failed (with on_error="raise"), or this one did
+                (with a blocking strategy).
+            StoreError: the store fails at the first save (with on_error="raise").
+            CommitError: the run_id was used before.
         """
         capture = self.begin(step, numpy_view(state), metadata=metadata)
         capture.finish()
         if self.strategy.blocking:
-            capture.pending.wait()
+            begun_s = time.monotonic()
+            self.wait()
+            capture.add_stall(time.monotonic() - begun_s)
         return capture.pending
 
     def begin(
@@ -210,16 +235,18 @@ class Checkpointer:
                 profile has measured them.
 
         Raises:
-            UnsupportedStateError, StepExistsError, SaveFailedError: as for `save`.
+            UnsupportedStateError, StepExistsError, SaveFailedError, StoreError, CommitError: as
+                for `save`.
         """
-        begun_s = time.monotonic()
         if self._capture is not None:
             self._capture.finish()
+        begun_s = time.monotonic()
         self.raise_errors()
         if not 0 <= step <= MAX_STEP:
             raise ValueError(f"step {step} is not within 0 and {MAX_STEP}")
         metadata = _plain_json(metadata or {}, step)
         pipeline = self._open_pipeline()
+        problem = self._connect(pipeline)
         if step in self._known and step not in self._passed_over:
             raise StepExistsError(
                 "the step is committed already",
@@ -236,9 +263,12 @@ class Checkpointer:
             cost=pipeline.cost,
             trace=self.trace,
         )
+        if problem is not None:
+            attempt.fail(problem)
         pipeline.encoder.begin(attempt, self._reference)
         pipeline.committer.submit(attempt)
         self._last, self._capture = attempt, capture
+        self._unreported.append(attempt)
         capture.add_stall(time.monotonic() - begun_s)
         if self.strategy.windows:
             pipeline.snapshotter.start(capture)
@@ -277,7 +307,8 @@ class Checkpointer:
         Bases stand at fixed numbers, so that the writers agree on them without talking.
         """
         last, reference = self._last, self._reference
-        if last is None or reference is None or number % (self._max_chain + 1) == 0:
+        due, self._base_due = self._base_due, False
+        if due or last is None or reference is None or number % (self._max_chain + 1) == 0:
             return None
         whole = reference.holds == last.name and reference.signature == plan.signature
         return last if whole and last.error is None and last.step < step else None
@@ -286,6 +317,7 @@ class Checkpointer:
         """Hold the predecessor in memory where increments pay and the bound allows it."""
         if self._reference is not None and self._reference.signature != plan.signature:
             self._reference = None
+            self._old_reference_unused = self._last.encoded if self._last is not None else None
         if self._reference is not None or self._max_chain == 0:
             return
         totals: dict[tuple[str, str], int] = {}
@@ -295,16 +327,25 @@ class Checkpointer:
         if not self.strategy.policy.wants_base(totals, pipeline.cost):
             return
         left = pipeline.capture_nbytes - plan.nbytes
-        if left < 2 * pipeline.buffer_nbytes:
+        if left < MIN_CAPTURE_BUFFERS * pipeline.buffer_nbytes:
+            self._warn_about(plan)
+            return
+        pipeline.capture_pool.limit(left)
+        if pipeline.capture_pool.allocated_nbytes <= left and self._old_reference_is_unused():
+            self._reference = Reference(plan)  # else at a later step: the memory is still in use
+
+    def _old_reference_is_unused(self) -> bool:
+        return self._old_reference_unused is None or self._old_reference_unused.is_set()
+
+    def _warn_about(self, plan: Plan) -> None:
+        if self._warned_about != plan.signature:
+            self._warned_about = plan.signature
             _log.warning(
                 "increments would pay, but the reference of %d bytes does not fit into "
                 "max_host_bytes=%d: every step is stored in full",
                 plan.nbytes,
                 self._max_host_nbytes,
             )
-            return
-        pipeline.capture_pool.limit(left)
-        self._reference = Reference(plan)
 
     def _plan_for(
         self, view: StateView, windows: Sequence[Window] | None, pipeline: _Pipeline
@@ -395,6 +436,8 @@ class Checkpointer:
         for committed in sorted(later, key=lambda c: -c.step):
             remove_step(self._store, committed)
             self._known.pop(committed.step, None)
+        if self._reference is not None:
+            self._reference.holds = None  # perhaps one of these: nothing may build on it
         return sorted(c.step for c in later)
 
     # -- life cycle ------------------------------------------------------------------------
@@ -417,7 +460,10 @@ class Checkpointer:
 
     @property
     def host_nbytes(self) -> int:
-        """Host memory held now for buffers and the reference; never above `max_host_bytes`."""
+        """Host memory held now for buffers and the reference.
+
+        With the payloads on their way into packs it is never above `max_host_bytes`.
+        """
         pipeline = self._pipeline
         if pipeline is None:
             return 0
@@ -434,17 +480,37 @@ class Checkpointer:
         """
         if self._closed:
             raise ClosedError("the checkpointer is closed")
+        failed = self._failed_attempts()
         with self._errors_lock:
-            failed = [a for a in self._unreported if not a.reported]
             other, self._background_errors = self._background_errors, []
-            self._unreported = []
+        for attempt in failed:
+            attempt.reported = True
+            self._log_failure(attempt)
         if self._on_error == "warn":
             return
         if failed:
-            failed[0].reported = True
             raise failure(failed[0]) from failed[0].error
         if other:
             raise other[0]
+
+    def _failed_attempts(self) -> list[Attempt]:
+        """Those that failed since the last call, even if the store still holds on to them."""
+        failed: list[Attempt] = []
+        undecided: list[Attempt] = []
+        for attempt in self._unreported:
+            finished = attempt.finished.is_set()  # asked first: no error comes after that
+            if attempt.error is not None:
+                failed += [] if attempt.reported else [attempt]
+            elif not finished:
+                undecided.append(attempt)
+        self._unreported = undecided
+        return failed
+
+    def _log_failure(self, attempt: Attempt) -> None:
+        with self._errors_lock:
+            logged, attempt.logged = attempt.logged, True
+        if not logged:
+            _log.error("%s", failure(attempt))
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when everything saved so far is committed; the barrier of the flush queue.
@@ -498,32 +564,64 @@ class Checkpointer:
     def _start_warm(self) -> None:
         """Take over the cost model and the profile of the newest step that has them."""
         document: Mapping[str, Any] = {}
+        profile: IdleProfile | None = None
+        cost: CostModel | None = None
+        try:
+            document = self._newest_warm_start()
+            profile = IdleProfile.from_json(document["profile"]) if "profile" in document else None
+            cost = CostModel.from_json(document["cost"]) if "cost" in document else None
+        except (StoreError, CheckpointNotFoundError, CorruptionError, FormatError) as error:
+            _log.warning("no warm start: %s", error)
+        self._profile = self._profile or profile or IdleProfile()
+        self._calibrated |= cost is not None
+        self._cost = self._cost or cost or CostModel()
+
+    def _newest_warm_start(self) -> Mapping[str, Any]:
         steps = committed_steps(self._store)
-        if steps:
-            try:
-                record, _ = read_commit(self._store, steps[-1])
-                document = read_manifests(self._store, record)[0].warm_start
-            except (CheckpointNotFoundError, CorruptionError, FormatError) as error:
-                _log.warning("no warm start from step %d: %s", steps[-1], error)
-        if self._profile is None:
-            profile = document.get("profile")
-            self._profile = IdleProfile() if profile is None else IdleProfile.from_json(profile)
-        if self._cost is None:
-            cost = document.get("cost")
-            self._cost = None if cost is None else CostModel.from_json(cost)
-        if self._cost is None:
-            self._cost = CostModel()
+        if not steps:
+            return {}
+        record, _ = read_commit(self._store, steps[-1])
+        return read_manifests(self._store, record)[0].warm_start
 
     def _open_pipeline(self) -> _Pipeline:
         """The threads and pools; started by the first save, so that readers stay light."""
         if self._pipeline is None:
-            fresh = self._cost is None and not committed_steps(self._store)
-            self._known = survey(self._store)
-            self._pipeline = _Pipeline(self, *self._options)
-            self._pipeline.lease.ensure()
-            if fresh:
-                calibrate_writes(self._store, self._run_id, self._writer, self._pipeline.cost)
+            self._pipeline = _Pipeline(self, self._store, self._options)
         return self._pipeline
+
+    def _connect(self, pipeline: _Pipeline) -> StoreError | None:
+        """What the first save asks of the store; asked again at every save until it answers.
+
+        Returns:
+            Why it did not, with on_error="warn".
+        """
+        if self._connected:
+            return None
+        try:
+            self._known = survey(self._store)
+            self._check_run_id()
+            pipeline.lease.ensure()
+            self._connected = True
+            if not self._calibrated:
+                calibrate_writes(self._store, self._run_id, self._writer, pipeline.cost)
+        except StoreError as error:
+            if self._on_error == "raise":
+                raise
+            return error
+        return None
+
+    def _check_run_id(self) -> None:
+        """Objects of an earlier run of that name would be taken for this one's."""
+        if not self._run_id_is_given:
+            return
+        own = re.compile(rf"data/[0-9]{{16}}-{self._run_id}-[0-9]+/w{self._writer:05d}[-.].*")
+        found = [key for key in self._store.list("data/") if own.fullmatch(key)]
+        if found:
+            raise CommitError(
+                f"the run_id {self._run_id!r} was used before",
+                object=found[0],
+                hint="Give every start of a run a run_id of its own, the same on all its writers",
+            )
 
     def warm_start(self) -> dict[str, Any]:
         """What a restart wants to know, kept in every manifest."""
@@ -533,7 +631,7 @@ class Checkpointer:
         """On writer 0, right before a record is published: damaged steps give way."""
         if not self._swept:
             self._swept = True
-            collect_orphans(self._store)
+            self._tidy(lambda: collect_orphans(self._store))
         for step in self._passed_over:
             retire(self._store, step)
             self._known.pop(step, None)
@@ -542,42 +640,54 @@ class Checkpointer:
     def after_attempt(self, attempt: Attempt) -> None:
         """When an attempt is committed or has failed; on the committer's thread."""
         if attempt.error is not None:
-            _log.error("%s", failure(attempt))
-            with self._errors_lock:
-                self._unreported.append(attempt)
+            self._base_due = True
+            self._log_failure(attempt)
             return
         self._known[attempt.step] = Committed(
             attempt.step, attempt.name, attempt.base_step if attempt.used_base else None
         )
-        if self._writer != 0 or self._retention.max_to_keep is None:
-            return
+        if self._writer == 0 and self._retention.max_to_keep is not None:
+            self._tidy(lambda: self._apply_retention(attempt.step))
+
+    def _apply_retention(self, newest: int) -> None:
+        self._known = apply(self._store, self._retention, self._known, in_use=[newest])
+
+    def _tidy(self, work: Callable[[], object]) -> None:
+        """Do what no step depends on; a failure is reported at the next call."""
         try:
-            self._known = apply(self._store, self._retention, self._known)
-        except AsymCheckError as error:
-            _log.error("old steps could not be removed: %s", error)
+            work()
+        except BaseException as error:
+            _log.error("old objects could not be removed: %s", error)
             with self._errors_lock:
                 self._background_errors.append(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What the parts want to know of a `Checkpointer`'s arguments."""
+
+    max_host_nbytes: int
+    run_id: str
+    writer: int
+    stall_timeout_s: float
+    commit_timeout_s: float
+    lease_s: float
+    encode_threads: int
+    allocate: Allocate
 
 
 class _Pipeline:
     """Pools and threads of a checkpointer that saves."""
 
-    def __init__(
-        self,
-        owner: Checkpointer,
-        stall_timeout_s: float,
-        commit_timeout_s: float,
-        lease_s: float,
-        encode_threads: int | None,
-    ) -> None:
-        store, host_nbytes = owner._store, owner._max_host_nbytes
+    def __init__(self, owner: Checkpointer, store: Store, options: _Options) -> None:
+        host_nbytes, stall_timeout_s = options.max_host_nbytes, options.stall_timeout_s
         self.cost = owner.cost
         self.buffer_nbytes = _buffer_nbytes(host_nbytes)
         pack_nbytes = (PUTS_IN_FLIGHT + 1) * self.buffer_nbytes
         coding_nbytes = CODING_BUFFERS * self.buffer_nbytes
         self.capture_nbytes = host_nbytes - pack_nbytes - coding_nbytes
         self.capture_pool = BufferPool(
-            self.buffer_nbytes, self.capture_nbytes, stall_timeout_s, owner._allocate
+            self.buffer_nbytes, self.capture_nbytes, stall_timeout_s, options.allocate
         )
         self.pack_pool = BufferPool(self.buffer_nbytes, pack_nbytes, stall_timeout_s)
         self.flush = FlushQueue(self._put, PUTS_IN_FLIGHT, host_nbytes)
@@ -587,16 +697,16 @@ class _Pipeline:
             capture_pool=self.capture_pool,
             pack_pool=self.pack_pool,
             flush=self.flush,
-            threads=encode_threads or max(1, min(8, (os.cpu_count() or 1) // 2)),
+            threads=options.encode_threads,
             max_coding_nbytes=coding_nbytes,
         )
         self.snapshotter = Snapshotter()
-        self.lease = LeaseKeeper(store, owner._run_id, owner._writer, lease_s)
+        self.lease = LeaseKeeper(store, options.run_id, options.writer, options.lease_s)
         self.committer = Committer(
             store,
             self.lease,
             warm_start=owner.warm_start,
-            timeout_s=commit_timeout_s,
+            timeout_s=options.commit_timeout_s,
             before_commit=owner.before_commit,
             after=owner.after_attempt,
             trace=owner.trace,

@@ -32,7 +32,9 @@ from asymcheck.records import seal, sha256, unseal
 from asymcheck.stores.base import Store
 
 MAX_COMMIT_NBYTES = 1 << 26
-MAX_CHAIN = 1 << 16
+MAX_CHAIN = 256
+"""Steps below an increment: a chain is decoded recursively."""
+
 _PREFIX = "commits/"
 _KEY = re.compile(r"commits/([0-9]{16})\.json")
 _DAMAGED_PREFIX = "damaged/"
@@ -167,8 +169,12 @@ def retire(store: Store, step: int) -> None:
     """Take a damaged step out of the way: its record moves to `damaged/`, its data stay.
 
     The number can then be written again. A crash in between leaves the step as it was, or gone.
+    Nothing to do if there is no such step any more.
     """
     key = commit_key(step)
-    data = store.get(key, MAX_COMMIT_NBYTES)
+    try:
+        data = store.get(key, MAX_COMMIT_NBYTES)
+    except ObjectNotFoundError:
+        return
     store.put_if_absent(f"{_DAMAGED_PREFIX}{step:016d}-{sha256(data)[:16]}.json", memoryview(data))
     store.delete(key)

@@ -3,6 +3,8 @@
 Writers need no other connection than the store: each publishes its manifest when its packs are
 durable; writer 0 waits for all of them, checks that together they cover the state, and publishes
 the commit record, for which the others wait. A writer that fails says so in an `abort` object.
+Once its manifest is out, a writer other than 0 keeps its objects unless it has seen that writer 0
+gave up: the record may name them, however late it comes.
 Attempts are committed in the order in which they began, so the base of an increment is committed
 before it, or neither is.
 """
@@ -13,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from asymcheck.attempt import Attempt
 from asymcheck.commit import (
@@ -25,7 +27,13 @@ from asymcheck.commit import (
     publish,
     seal_commit,
 )
-from asymcheck.errors import AsymCheckError, CommitError, ObjectNotFoundError, StepExistsError
+from asymcheck.errors import (
+    CommitError,
+    CorruptionError,
+    FormatError,
+    ObjectNotFoundError,
+    StepExistsError,
+)
 from asymcheck.index import merge
 from asymcheck.lease import LeaseKeeper
 from asymcheck.manifest import (
@@ -41,6 +49,8 @@ from asymcheck.records import seal, sha256, unseal
 from asymcheck.stores.base import Store
 from asymcheck.threads import run_at_low_priority
 from asymcheck.trace import Trace
+
+T = TypeVar("T")
 
 _FIRST_POLL_S = 0.001
 _LONGEST_POLL_S = 0.1
@@ -64,7 +74,7 @@ class Committer:
             manifest.
         timeout_s: how long to wait for other writers.
         before_commit: called on writer 0 before the record is published.
-        after: called with every attempt when it is committed or has failed.
+        after: called with every attempt when it is committed or has failed; must not raise.
     """
 
     def __init__(
@@ -105,16 +115,15 @@ class Committer:
         while (attempt := self._attempts.get()) is not None:
             attempt.flushed.wait()
             begun_s = time.monotonic()
+            self._settle(attempt)
+            self._trace.add("commit", f"step {attempt.step}", attempt.step, begun_s)
             try:
-                self._settle(attempt)
+                self._after(attempt)
             finally:
-                self._trace.add("commit", f"step {attempt.step}", attempt.step, begun_s)
-                try:
-                    self._after(attempt)
-                finally:
-                    attempt.finished.set()
+                attempt.finished.set()
 
     def _settle(self, attempt: Attempt) -> None:
+        """Commit it or clean up after it; never raises, since later attempts need the thread."""
         if attempt.error is None:
             try:
                 self._last = self._commit(attempt)
@@ -122,8 +131,11 @@ class Committer:
             except BaseException as error:
                 attempt.fail(error)
         self._last = None
-        if not attempt.published:
-            self._clean_up(attempt)
+        try:
+            self._give_up(attempt)
+        except BaseException as error:
+            assert attempt.error is not None
+            attempt.error.add_note(f"and cleaning up failed: {error}")
 
     def _commit(self, attempt: Attempt) -> tuple[CommitRecord, str]:
         if attempt.used_base and (self._last is None or self._last[0].step != attempt.base_step):
@@ -135,6 +147,7 @@ class Committer:
         own = attempt.manifest(self._warm_start())
         sealed = seal_manifest(own)
         key = manifest_key(attempt.step, attempt.name, attempt.writer)
+        attempt.published = attempt.writer != 0  # from here on writer 0 decides, unseen from here
         self._store.put(key, memoryview(sealed))
         if attempt.writer != 0:
             return self._await_commit(attempt)
@@ -148,8 +161,7 @@ class Committer:
             refs.append(_ref(attempt, writer, data))
             manifests.append(parse_manifest(data, object=refs[-1].key))
         record = self._record(attempt, manifests, refs)
-        if attempt.writers > 1:
-            merge(record, "", manifests)  # raises unless everything is covered exactly once
+        merge(record, "", manifests)  # raises unless everything is covered exactly once
         self._before_commit(attempt)
         sealed_record = seal_commit(record)
         self._lease.check(attempt.begun_s)
@@ -190,21 +202,18 @@ class Committer:
     def _await_commit(self, attempt: Attempt) -> tuple[CommitRecord, str]:
         key = commit_key(attempt.step)
 
-        def look() -> bytes | None:
-            self._check_abort(attempt, 0)
-            return self._get(key, MAX_COMMIT_NBYTES)
+        def look() -> tuple[CommitRecord, str] | None:
+            try:
+                self._check_abort(attempt, 0)
+            except CommitError:
+                attempt.published = False
+                raise
+            data = self._get(key, MAX_COMMIT_NBYTES)
+            record = None if data is None else _record_of(data, attempt, key)
+            return None if data is None or record is None else (record, sha256(data))
 
         deadline = time.monotonic() + self._timeout_s
-        data = _poll(look, deadline, "writer 0 did not commit", attempt)
-        record = unseal(data, "commit", CommitRecord, object=key)
-        if record.attempt != attempt.name:
-            raise CommitError(
-                "the step was committed by another attempt",
-                step=attempt.step,
-                expected=attempt.name,
-                found=record.attempt,
-            )
-        return record, sha256(data)
+        return _poll(look, deadline, "writer 0 did not commit", attempt)
 
     def _get(self, key: str, max_nbytes: int) -> bytes | None:
         try:
@@ -221,20 +230,22 @@ class Committer:
                 f"writer {writer} gave the attempt up: {abort.message}", step=attempt.step
             )
 
-    def _clean_up(self, attempt: Attempt) -> None:
-        """Tell the other writers, and remove what this one has stored (nobody can see it)."""
-        try:
-            prefix = data_prefix(attempt.step, attempt.name)
-            for key in self._store.list(prefix):
-                if key.startswith(f"{prefix}w{attempt.writer:05d}-"):
-                    self._store.delete(key)
-            if attempt.writers > 1:
-                abort = Abort(attempt.writer, str(attempt.error)[:1000])
-                key = _abort_key(attempt, attempt.writer)
-                self._store.put_if_absent(key, memoryview(seal("abort", abort)))
-        except AsymCheckError as error:
-            assert attempt.error is not None
-            attempt.error.add_note(f"and cleaning up failed: {error}")
+    def _give_up(self, attempt: Attempt) -> None:
+        """Tell the other writers, and remove what this one has stored if no record may name it.
+
+        Writer 0 does not speak of giving up a record that may stand: the others would remove
+        what it names.
+        """
+        if attempt.writers > 1 and not (attempt.writer == 0 and attempt.published):
+            abort = Abort(attempt.writer, str(attempt.error)[:1000])
+            key = _abort_key(attempt, attempt.writer)
+            self._store.put_if_absent(key, memoryview(seal("abort", abort)))
+        if attempt.published:
+            return
+        own = f"{data_prefix(attempt.step, attempt.name)}w{attempt.writer:05d}"
+        for key in self._store.list(data_prefix(attempt.step, attempt.name)):
+            if key.startswith((f"{own}-", f"{own}.manifest")):
+                self._store.delete(key)
 
 
 def _ref(attempt: Attempt, writer: int, sealed: bytes) -> ManifestRef:
@@ -247,9 +258,19 @@ def _abort_key(attempt: Attempt, writer: int) -> str:
     return f"{data_prefix(attempt.step, attempt.name)}w{writer:05d}.abort"
 
 
-def _poll(
-    look: Callable[[], bytes | None], deadline: float, message: str, attempt: Attempt
-) -> bytes:
+def _record_of(data: bytes, attempt: Attempt, key: str) -> CommitRecord | None:
+    """The commit record if it is the attempt's.
+
+    Any other is a damaged step's that writer 0 is about to retire, or makes writer 0 give up.
+    """
+    try:
+        record = unseal(data, "commit", CommitRecord, object=key)
+    except (CorruptionError, FormatError):
+        return None
+    return record if record.attempt == attempt.name else None
+
+
+def _poll(look: Callable[[], T | None], deadline: float, message: str, attempt: Attempt) -> T:
     """What `look` finds, asked again at growing intervals until the deadline."""
     interval_s = _FIRST_POLL_S
     while (found := look()) is None:

@@ -8,7 +8,7 @@ their run is alive.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from asymcheck.commit import commit_key, committed_steps, read_commit
@@ -36,7 +36,12 @@ class Retention:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
-    def to_remove(self, steps: Sequence[int], parents: Mapping[int, int | None]) -> list[int]:
+    def to_remove(
+        self,
+        steps: Sequence[int],
+        parents: Mapping[int, int | None],
+        in_use: Collection[int] = (),
+    ) -> list[int]:
         """Steps to delete, newest first, so that no step is ever left without its base.
 
         Args:
@@ -44,11 +49,12 @@ class Retention:
             parents: the step that each one decodes from. A step that is not in the mapping has
                 a damaged record: it does not count among the newest, and goes when it is older
                 than all that are kept.
+            in_use: steps to keep in any case, since others will build on them.
         """
         if self.max_to_keep is None:
             return []
         readable = sorted(step for step in steps if step in parents)
-        keep = set(readable[-self.max_to_keep :])
+        keep = set(readable[-self.max_to_keep :]) | (set(in_use) & parents.keys())
         if self.keep_every is not None:
             keep |= {step for step in readable if step % self.keep_every == 0}
         for step in list(keep):
@@ -103,12 +109,15 @@ def remove_attempt(store: Store, step: int, attempt: str) -> None:
 
 
 def apply(
-    store: Store, retention: Retention, known: Mapping[int, Committed]
+    store: Store,
+    retention: Retention,
+    known: Mapping[int, Committed],
+    in_use: Collection[int] = (),
 ) -> dict[int, Committed]:
-    """Remove what the retention does not keep; the steps that remain."""
+    """Remove what the retention does not keep and is not `in_use`; the steps that remain."""
     steps = survey(store, known)
     parents = {s: c.parent for s, c in steps.items() if c.attempt is not None}
-    for step in retention.to_remove(list(steps), parents):
+    for step in retention.to_remove(list(steps), parents, in_use):
         remove_step(store, steps.pop(step))
     return steps
 

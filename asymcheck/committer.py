@@ -11,6 +11,7 @@ before it, or neither is.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,8 @@ from asymcheck.threads import run_at_low_priority
 from asymcheck.trace import Trace
 
 T = TypeVar("T")
+
+_log = logging.getLogger("asymcheck")
 
 _FIRST_POLL_S = 0.001
 _LONGEST_POLL_S = 0.1
@@ -119,6 +122,8 @@ class Committer:
             self._trace.add("commit", f"step {attempt.step}", attempt.step, begun_s)
             try:
                 self._after(attempt)
+            except BaseException:  # later attempts need the thread
+                _log.exception("after step %d", attempt.step)
             finally:
                 attempt.finished.set()
 
@@ -144,9 +149,9 @@ class Committer:
                 step=attempt.step,
                 expected=f"step {attempt.base_step} committed before",
             )
-        own = attempt.manifest(self._warm_start())
-        sealed = seal_manifest(own)
+        sealed = seal_manifest(attempt.manifest(self._warm_start()))
         key = manifest_key(attempt.step, attempt.name, attempt.writer)
+        own = parse_manifest(sealed, object=key)  # nothing is stored that a reader would refuse
         attempt.published = attempt.writer != 0  # from here on writer 0 decides, unseen from here
         self._store.put(key, memoryview(sealed))
         if attempt.writer != 0:

@@ -173,18 +173,22 @@ def _check_cover(leaf: LeafIndex) -> None:
 
 
 def _any_overlap(boxes: Sequence[BoxIndex]) -> bool:
-    """Whether two boxes share an element: a sweep along the first dimension."""
-    ordered = sorted(boxes, key=lambda box: box.shard.offset)
+    """Whether two boxes (each given once) share an element.
+
+    A sweep along the dimension that is cut most often, so that few boxes are met at a time.
+    """
+    shards = [box.shard for box in boxes]
+    if len(shards) < 2:
+        return False
+    rank = len(shards[0].shape)
+    axis = max(range(rank), key=lambda d: len({shard.offset[d] for shard in shards}))
     active: list[ShardSpec] = []
-    for shard in (box.shard for box in ordered):
-        if not shard.shape:
-            active.append(shard)
-            continue
-        active = [a for a in active if a.offset[0] + a.shape[0] > shard.offset[0]]
+    for shard in sorted(shards, key=lambda shard: shard.offset[axis]):
+        active = [a for a in active if a.offset[axis] + a.shape[axis] > shard.offset[axis]]
         if any(intersect(a, shard) is not None for a in active):
             return True
         active.append(shard)
-    return len(active) > 1 and not active[0].shape
+    return False
 
 
 def intersect(a: ShardSpec, b: ShardSpec) -> ShardSpec | None:

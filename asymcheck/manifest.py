@@ -25,6 +25,7 @@ MAX_MANIFEST_NBYTES = 1 << 28
 MAX_BLOCK_NBYTES = 1 << 26
 MAX_LEAF_NBYTES = 1 << 50
 MAX_RANK = 32
+MAX_TEXT = 4096
 MAX_WRITERS = 1 << 17
 MAX_STEP = (1 << 53) - 1
 
@@ -32,7 +33,7 @@ _ATTEMPT = re.compile(r"[0-9a-z]{1,32}-[0-9]{6,12}")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
 Natural = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
-Text = Annotated[str, Meta(max_length=4096)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 
 
 class Record(msgspec.Struct, forbid_unknown_fields=True):
@@ -157,6 +158,8 @@ def parse_manifest(data: bytes, *, object: str) -> Manifest:
     Raises:
         CorruptionError, UnsupportedVersionError, FormatError: see `records.unseal` and `check`.
     """
+    if len(data) > MAX_MANIFEST_NBYTES:
+        raise FormatError("a manifest is too long", object=object, found=len(data))
     manifest = unseal(data, "manifest", Manifest, object=object)
     try:
         check(manifest)

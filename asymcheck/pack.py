@@ -42,7 +42,7 @@ class Slot:
 
 
 class PackBuilder:
-    """Lays blocks into packs of at least `target_nbytes` (but for the last of a partition).
+    """Lays blocks into packs of at most `target_nbytes` (a larger block is a pack of its own).
 
     A pack is as large as the target allows without splitting a block, at most a buffer. Packs
     share a buffer when several fit. Not thread-safe: the caller serialises.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from asymcheck.errors import UnsupportedStateError
-from asymcheck.manifest import MAX_BLOCK_NBYTES, Leaf, Shard
+from asymcheck.manifest import MAX_BLOCK_NBYTES, MAX_RANK, MAX_TEXT, Leaf, Shard
 from asymcheck.partition import (
     GroupRange,
     PartitionSchedule,
@@ -79,9 +79,10 @@ def make_plan(
         max_unit_nbytes: bound on the bytes of one unit (a host buffer).
 
     Raises:
-        UnsupportedStateError: two sources have the same path, or one element is too large.
+        UnsupportedStateError: two sources have the same path, or a leaf exceeds the format's
+            limits, or one element the host memory.
     """
-    _check_paths(sources)
+    _check_leaves(sources, aliases)
     groups = _groups(sources)
     schedule = plan_partitions(groups, windows)
     ordinals = {(w.phase, w.index): i for i, w in enumerate(windows)}
@@ -110,10 +111,25 @@ def make_plan(
     )
 
 
-def _check_paths(sources: Sequence[LeafSource]) -> None:
-    repeated = [p for p, n in Counter(s.leaf.path for s in sources).items() if n > 1]
+def _check_leaves(sources: Sequence[LeafSource], aliases: Mapping[str, Sequence[str]]) -> None:
+    paths = [s.leaf.path for s in sources] + [
+        path for others in aliases.values() for path in others
+    ]
+    repeated = [p for p, n in Counter(paths).items() if n > 1]
     if repeated:
         raise UnsupportedStateError("two leaves have the same path", leaf=repeated[0])
+    too_long = [p for p in paths if len(p) > MAX_TEXT]
+    if too_long:
+        raise UnsupportedStateError(
+            f"a path is longer than {MAX_TEXT} characters", leaf=f"{too_long[0][:80]}..."
+        )
+    for leaf in (s.leaf for s in sources):
+        if len(leaf.shape) > MAX_RANK:
+            raise UnsupportedStateError(
+                f"an array has more than {MAX_RANK} dimensions",
+                leaf=leaf.path,
+                found=len(leaf.shape),
+            )
 
 
 def _groups(sources: Sequence[LeafSource]) -> list[SourceGroup]:

@@ -78,6 +78,8 @@ class LazyArray:
         return array[residual]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("a lazy array is read into fresh memory: copy=False cannot be had")
         whole = np.asarray(self[...])
         return whole if dtype is None else whole.astype(dtype)
 
@@ -89,11 +91,12 @@ def _box_of(spec: LeafSpec, index: Index) -> tuple[ShardSpec, tuple[Any, ...]]:
     """The smallest box that an index touches, and the index that remains within it."""
     items = cast("tuple[Any, ...]", index if isinstance(index, tuple) else (index,))
     rank = len(spec.shape)
-    if items.count(Ellipsis) > 1:
+    ellipses = [position for position, item in enumerate(items) if item is Ellipsis]
+    if len(ellipses) > 1:
         raise IndexError("an index can only have a single ellipsis ('...')")
-    if Ellipsis not in items:
+    if not ellipses:
         items = (*items, Ellipsis)
-    split = items.index(Ellipsis)
+    split = ellipses[0] if ellipses else len(items) - 1
     missing = rank - (len(items) - 1)
     if missing < 0:
         raise IndexError(f"too many indices for leaf {spec.path!r} of {rank} dimensions")
@@ -117,9 +120,9 @@ def _range_of(item: Any, length: int) -> tuple[int, int, Any]:
             slice(None, None, indices.step) if backwards else slice(0, None, indices.step),
         )
     if not hasattr(item, "__index__") or isinstance(item, (bool, np.bool_)):
+        kind = type(cast("object", item)).__name__
         raise TypeError(
-            f"a lazy array takes integers, slices and '...', not {type(item).__name__}; "
-            "read it with [...] first"
+            f"a lazy array takes integers, slices and '...', not {kind}; read it with [...] first"
         )
     position = item.__index__()
     if not -length <= position < length:
@@ -312,14 +315,14 @@ def fill_target(checkpoint: Checkpoint, target: object) -> Any:
     Raises:
         StateMismatchError: paths, shapes or dtypes differ; nothing was changed.
     """
-    view = numpy_view(target)
-    wanted = {source.leaf.path: source for source in view.sources}
-    problems = mismatches(checkpoint.leaves, {p: s.leaf for p, s in wanted.items()})
+    sources = [cast("ArraySource", source) for source in numpy_view(target).sources]
+    arrays = {s.leaf.path: _array_to_fill(s, checkpoint.leaves) for s in sources}
+    wanted = {p: LeafSpec(p, array.dtype.name, array.shape) for p, array in arrays.items()}
+    problems = mismatches(checkpoint.leaves, wanted)
     if problems:
         raise StateMismatchError(
             "the target differs from the checkpoint: " + "; ".join(problems), step=checkpoint.step
         )
-    arrays = {path: cast("ArraySource", source).array for path, source in wanted.items()}
     buffers = {p: a if _fillable(a) else np.empty(a.shape, a.dtype) for p, a in arrays.items()}
     checkpoint.read_into(
         {
@@ -332,6 +335,14 @@ def fill_target(checkpoint: Checkpoint, target: object) -> Any:
             np.copyto(array, buffers[path])
             buffers[path] = array
     return tree.unflatten(checkpoint.structure, buffers.__getitem__)
+
+
+def _array_to_fill(source: ArraySource, stored: Mapping[str, LeafSpec]) -> NDArray[Any]:
+    """The target's array; in place of bytes, which are replaced, one of the stored length."""
+    spec = stored.get(source.leaf.path)
+    if isinstance(source.array.base, bytes) and spec is not None and len(spec.shape) == 1:
+        return np.empty(spec.shape, np.uint8)
+    return source.array
 
 
 def _fillable(array: NDArray[Any]) -> bool:

@@ -164,8 +164,8 @@ class ArraySource:
 
 
 def is_array(value: object) -> bool:
-    """Whether `value` is a NumPy array."""
-    return isinstance(value, np.ndarray)
+    """Whether `value` is a NumPy array; masked arrays and matrices are more than that."""
+    return type(value) in (np.ndarray, np.memmap)
 
 
 def memory_of(value: object) -> Hashable:
@@ -174,7 +174,7 @@ def memory_of(value: object) -> Hashable:
     if array.size == 0:
         return id(array)
     start = array.__array_interface__["data"][0]
-    return (start, array.shape, array.strides, array.dtype.name)
+    return (start, array.shape, array.strides, array.dtype)
 
 
 def dtype_name(dtype: np.dtype[Any], path: str) -> str:

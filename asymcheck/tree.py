@@ -7,6 +7,7 @@ structure constructs only the types listed here.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ _MAPPINGS: dict[str, Callable[[list[tuple[Any, Any]]], dict[Any, Any]]] = {
     "counter": lambda pairs: Counter(dict(pairs)),
 }
 _TAG_OF_MAPPING: dict[type, str] = {dict: "dict", OrderedDict: "ordered", Counter: "counter"}
+_SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _LEAF_TAGS = frozenset({"leaf", "bytes", "scalar"})
 
 
@@ -67,7 +69,8 @@ def flatten(
 
     Raises:
         UnsupportedStateError: for any other object (with its path and type), a key that is not
-            a str or int, two keys with the same path, or nesting deeper than `MAX_DEPTH`.
+            a str or int, two keys with the same path, nesting deeper than `MAX_DEPTH`, an integer
+            of more digits than Python converts, or a string that JSON would change.
     """
     return _Flattener(is_array, identity).run(state)
 
@@ -92,11 +95,13 @@ class _Flattener:
                 f"the state is nested deeper than {MAX_DEPTH} levels (or contains itself)",
                 leaf=path,
             )
-        if value is None or type(value) in (bool, str):
+        if value is None or type(value) is bool:
             return value
+        if type(value) is str:
+            return _text(value, path)
         if self._is_array(value):
             return {"leaf": self._leaf(path, value, self._identity(value))}
-        if isinstance(value, bytes):
+        if type(value) is bytes:
             return {"bytes": self._leaf(path, value, ("bytes", path))}
         if isinstance(value, np.generic):
             array: object = np.asarray(cast("np.generic[Any]", value))
@@ -120,11 +125,12 @@ class _Flattener:
                     expected="str or int",
                     found=repr(key)[:80],
                 )
-            if str(key) in names:
+            name = _text(key, path) if type(key) is str else _decimal(cast("int", key), path)
+            if name in names:
                 raise UnsupportedStateError(
                     "two keys of one dictionary have the same path", leaf=path, found=repr(key)
                 )
-            names.add(str(key))
+            names.add(name)
             pairs.append([key, self._child(path, key, item, depth)])
         return {_TAG_OF_MAPPING[type(value)]: pairs}
 
@@ -142,7 +148,7 @@ class _Flattener:
 
     def _number(self, path: str, value: object) -> Node:
         if type(value) is int:
-            return {"int": str(value)}
+            return {"int": _decimal(value, path)}
         if type(value) is float:
             return {"float": value.hex()}
         if type(value) is complex:
@@ -155,6 +161,26 @@ class _Flattener:
             "dict, list or tuple",
             hint="Convert it, or leave it out of the state; nothing was saved",
         )
+
+
+def _text(text: str, path: str) -> str:
+    if not text.isascii() and _SURROGATE_PAIR.search(text):
+        raise UnsupportedStateError(
+            "a string with a surrogate pair as two characters cannot be stored: JSON makes one of "
+            "them",
+            leaf=path or ROOT_PATH,
+            found=repr(text)[:80],
+        )
+    return text
+
+
+def _decimal(number: int, path: str) -> str:
+    try:
+        return str(number)
+    except ValueError as error:
+        raise UnsupportedStateError(
+            f"an integer is too long: {error}", leaf=path or ROOT_PATH
+        ) from error
 
 
 def unflatten(structure: Node, leaf: Callable[[str], object]) -> Any:

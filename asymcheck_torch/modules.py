@@ -52,6 +52,15 @@ def named_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def renormed_in_forward(module: nn.Module) -> list[str]:
+    """The names of the embeddings that are rescaled in the forward pass (`max_norm`)."""
+    return [
+        f"{prefix}weight"
+        for prefix, child in _submodules(module)
+        if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.max_norm is not None
+    ]
+
+
 def _stateful(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Submodules that keep more than parameters and buffers (`get_extra_state`)."""
     for prefix, child in _submodules(module):
@@ -75,10 +84,24 @@ def load_module_extra(module: nn.Module, extra: Mapping[str, Any]) -> None:
         child.set_extra_state(extra[name])
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` runs a module as a whole: hooks inside would break its graph."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def visible(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and its submodules, but for those inside of compiled ones; each once."""
+    seen: dict[nn.Module, None] = {module: None}
+    if not is_compiled(module):
+        for child in module.children():
+            seen.update(dict.fromkeys(visible(child)))
+    yield from seen
+
+
 def changes_in_forward(module: nn.Module) -> list[nn.Module]:
-    """Submodules whose forward pass may change what they keep: buffers, extra state."""
+    """Visible submodules whose forward pass may change what they keep: buffers, extra state."""
     return [
         child
-        for child in module.modules()
+        for child in visible(module)
         if any(own_persistent_buffers(c) for c in child.modules()) or any(_stateful(child))
     ]

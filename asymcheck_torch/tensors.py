@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from asymcheck.errors import UnsupportedStateError
+from asymcheck.errors import SaveFailedError, UnsupportedStateError
 from asymcheck.state import DTYPES, ArraySource, LeafSource, LeafSpec, ShardSpec, memory_of
 from asymcheck.state import dtype_name as array_dtype_name
 
@@ -45,7 +45,7 @@ def identity(value: object) -> Hashable:
     """Equal for tensors (or arrays) over the same memory with the same layout: one leaf."""
     if not isinstance(value, torch.Tensor):
         return memory_of(value)
-    if value.numel() == 0 or value.layout != torch.strided:
+    if value.layout != torch.strided or is_traceable_wrapper_subclass(value) or not value.numel():
         return id(value)
     return (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
 
@@ -109,41 +109,66 @@ def _bytes_of_range(tensor: torch.Tensor, start: int, count: int) -> torch.Tenso
     return _flat(tensor)[start : start + count].view(torch.uint8)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TensorSource:
-    """A CPU tensor (whole leaf) as a source; reads its memory, releases the GIL to copy."""
+    """A CPU tensor (whole leaf) as a source; reads its memory, releases the GIL to copy.
+
+    Between `renew` and a read nobody may write to the tensor. Who does so through torch (but not
+    through `.data` or NumPy) makes the read fail: a snapshot is right or is not.
+    """
 
     leaf: LeafSpec
-    tensor: torch.Tensor
+    shard: ShardSpec
     group: str
     owned: tuple[int, int]
+    tensor: torch.Tensor
+    version: int = field(init=False)
 
-    @property
-    def shard(self) -> ShardSpec:
-        """The whole leaf."""
-        return ShardSpec.whole(self.leaf.shape)
+    def __post_init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """The values that count are those of now."""
+        self.version = _version(self.tensor)
 
     def read_into(self, start: int, count: int, out: NDArray[np.uint8]) -> None:
-        """Copy elements [start, start + count) in row-major order."""
+        """Copy elements [start, start + count) in row-major order.
+
+        Raises:
+            SaveFailedError: the tensor was written to meanwhile.
+        """
         np.copyto(out, _bytes_of_range(self.tensor, start, count).numpy())
+        self._check_version()
+
+    def _check_version(self) -> None:
+        if _version(self.tensor) != self.version:
+            raise SaveFailedError(
+                "the tensor was changed before it could be captured",
+                leaf=self.leaf.path,
+                hint="From the forward pass to the next step() only attached optimizers may "
+                "change parameters and optimizer state",
+            )
 
 
-@dataclass(frozen=True, slots=True)
+def _version(tensor: torch.Tensor) -> int:
+    """Counts the writes to a tensor's memory (inference tensors do not)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class DeviceClock:
-    """The side stream that copies run on, and the moment from which the values stand."""
+    """The stream of a CUDA device that copies run on, and the moment from which values stand."""
 
-    stream: torch.cuda.Stream
-    ready: torch.cuda.Event
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.ready = torch.cuda.Event()
+        self._device = device
 
-    @classmethod
-    def now(cls, device: torch.device, stream: torch.cuda.Stream) -> DeviceClock:
-        """Values as they stand after all work issued so far on the device's current stream."""
-        ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(device))
-        return cls(stream, ready)
+    def restart(self) -> None:
+        """Values stand after all work issued so far on the device's current stream."""
+        self.ready.record(torch.cuda.current_stream(self._device))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CudaSource(TensorSource):
     """A CUDA tensor as a source: copied on a side stream once its values stand.
 
@@ -162,32 +187,42 @@ class CudaSource(TensorSource):
             copied = torch.cuda.Event()
             copied.record(stream)
         copied.synchronize()
+        self._check_version()
 
 
 class DeviceClocks:
-    """One side stream per CUDA device, and the ready events of the snapshot being begun."""
+    """One clock for every CUDA device in use."""
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._clocks: dict[torch.device, DeviceClock] = {}
 
-    def restart(self) -> None:
-        """Values are taken as they stand from now on."""
-        self._clocks = {}
-
     def of(self, device: torch.device) -> DeviceClock:
-        """The clock of a device for this snapshot."""
+        """The clock of a device."""
         if device not in self._clocks:
-            if device not in self._streams:
-                self._streams[device] = torch.cuda.Stream(device)
-            self._clocks[device] = DeviceClock.now(device, self._streams[device])
+            self._clocks[device] = DeviceClock(device)
         return self._clocks[device]
+
+    def restart(self) -> None:
+        """On all devices values are taken as they stand now."""
+        for clock in self._clocks.values():
+            clock.restart()
+
+
+def size_of(value: object) -> int:
+    """Elements of a leaf: a tensor, an array or `bytes`."""
+    if isinstance(value, torch.Tensor):
+        return value.numel()
+    return len(value) if isinstance(value, bytes) else cast("NDArray[Any]", value).size
 
 
 def source_of(
     path: str, value: object, group: str, owned: tuple[int, int], clocks: DeviceClocks
 ) -> LeafSource:
-    """A tensor, array or `bytes` of a flattened state as a source."""
+    """A tensor, array or `bytes` of a flattened state as a source.
+
+    Raises:
+        UnsupportedStateError: the tensor or array cannot be stored; names its path.
+    """
     if isinstance(value, bytes):
         value = np.frombuffer(value, np.uint8)
     if isinstance(value, np.ndarray):
@@ -195,9 +230,10 @@ def source_of(
         return ArraySource(spec, value, group, owned)
     assert isinstance(value, torch.Tensor)
     spec = LeafSpec(path, check_storable(value, path), tuple(value.shape))
+    parts = (spec, ShardSpec.whole(spec.shape), group, owned, value.detach())
     if value.device.type == "cuda":
-        return CudaSource(spec, value.detach(), group, owned, clocks.of(value.device))
-    return TensorSource(spec, value.detach(), group, owned)
+        return CudaSource(*parts, clocks.of(value.device))
+    return TensorSource(*parts)
 
 
 class SteadyCopies:

@@ -23,7 +23,7 @@ from asymcheck.snapshot import Capture
 from asymcheck.strategy import Strategy
 from asymcheck_torch.agreement import restore_together
 from asymcheck_torch.extras import named_extras
-from asymcheck_torch.modules import changes_in_forward, unwrap
+from asymcheck_torch.modules import changes_in_forward, is_compiled, visible
 from asymcheck_torch.optimizers import check_optimizer
 from asymcheck_torch.restore import restore_into
 from asymcheck_torch.state import TrainingState
@@ -256,13 +256,17 @@ class TrainingCheckpointer:
     # -- hooks -----------------------------------------------------------------------------
 
     def _hook(self) -> Iterator[Any]:
-        module = unwrap(self._state.module)
-        for each in dict.fromkeys([module, *changes_in_forward(module)]):
-            yield each.register_forward_pre_hook(self._before_forward, prepend=True)
+        module = self._state.module
+        compiled = any(is_compiled(part) for part in visible(module))
+        # Imported by whoever compiles; for everybody else the import would take seconds.
+        eager: Any = torch.compiler.disable if compiled else lambda hook: hook
+        before_forward = eager(self._before_forward)
         blocks = find_blocks(module)
+        for part in dict.fromkeys([module, *changes_in_forward(module), *blocks]):
+            yield part.register_forward_pre_hook(before_forward, prepend=True)
         self._cycle.expect(len(blocks))
         for block in blocks:
-            yield from hook_windows(block, self._on_window)
+            yield from hook_windows(block, self._on_window, eager)
         for optimizer in self._state.optimizers:
             yield optimizer.register_step_pre_hook(self._before_update)
             yield optimizer.register_step_post_hook(self._after_update)

@@ -13,6 +13,7 @@ from torch import nn
 from asymcheck.checkpointer import Checkpointer
 from asymcheck.idle import WindowTimer
 from asymcheck.partition import Phase, Window, even_windows
+from asymcheck_torch.modules import is_compiled
 
 MAX_BLOCKS = 64
 MAX_WINDOWS = 4096
@@ -22,12 +23,14 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
     """The parts of a module whose passes make good windows: its layers, in order.
 
     From the root down while one child holds more than half of the parameters; there the
-    children, containers flattened. Of more than `MAX_BLOCKS` only every second, third, ... one.
+    children, containers flattened. A compiled module is one block. Of more than `MAX_BLOCKS`
+    only every second, third, ... one.
     """
     node = module
-    while (heavy := _heaviest(node)) is not None and not _is_container(heavy):
+    while (heavy := _heaviest(node)) is not None:
         node = heavy
-    blocks = list(dict.fromkeys(_flattened(node))) or [module]
+    blocks = [] if is_compiled(node) else list(dict.fromkeys(_flattened(node)))
+    blocks = blocks or [node]
     return blocks[:: -(-len(blocks) // MAX_BLOCKS)]
 
 
@@ -36,14 +39,18 @@ def _weight(module: nn.Module) -> int:
 
 
 def _heaviest(module: nn.Module) -> nn.Module | None:
-    """The child with more than half of the parameters, if it has children itself."""
+    """The child to go down to: it has more than half of the parameters, and parts itself."""
+    if is_compiled(module):
+        return None
     half = _weight(module) / 2
-    heavy = (child for child in module.children() if _weight(child) > half)
-    return next((child for child in heavy if any(child.children())), None)
+    heavy = [child for child in module.children() if _weight(child) > half]
+    parts = [child for child in heavy if any(child.children()) and not _is_container(child)]
+    return parts[0] if parts else None
 
 
 def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
+    kinds = nn.ModuleList | nn.Sequential | nn.ModuleDict
+    return isinstance(module, kinds) and not is_compiled(module)
 
 
 def _flattened(module: nn.Module) -> Iterator[nn.Module]:
@@ -55,13 +62,15 @@ def _flattened(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def hook_windows(
-    block: nn.Module, on_window: Callable[[Phase], None]
+    block: nn.Module,
+    on_window: Callable[[Phase], None],
+    eager: Callable[[Any], Any] = lambda hook: hook,
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Call `on_window` as the forward and as the backward pass of a block begins.
 
     Backward begins when the gradient of the block's output is there. The hook for it sits on the
     output tensor: a module's full backward hook would forbid in-place operations on the output.
-    Passes without gradients open no windows.
+    Passes without gradients open no windows. `eager` wraps the hooks to keep a compiler out.
     """
 
     def before_forward(_block: nn.Module, _args: Any) -> None:
@@ -76,8 +85,8 @@ def hook_windows(
             tensor.register_hook(before_backward)
 
     return [
-        block.register_forward_pre_hook(before_forward),
-        block.register_forward_hook(after_forward),
+        block.register_forward_pre_hook(eager(before_forward)),
+        block.register_forward_hook(eager(after_forward)),
     ]
 
 

@@ -408,3 +408,76 @@ def test_sparse_parameters_are_refused_by_name():
             plain_step(module, optimizer)
     assert caught.value.leaf == "buffers/sparse"
     ckpt.close()
+
+
+# -- writes that nobody announced --------------------------------------------------------------
+
+
+def test_weights_changed_in_the_middle_of_a_step_are_never_saved_as_a_mixture():
+    """As sharpness-aware minimisation does: perturb, second pass, and back, without `step()`."""
+    module = mlp(200)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+
+    def iterate(_i):
+        module(torch.randn(6, 200)).square().mean().backward()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        optimizer.step()
+        return module[0].bias.sum()
+
+    run = Run(module, [optimizer], iterate)
+    seen = record_updates(run)
+    with run.attach("memory://perturbed", on_error="warn", max_to_keep=None) as ckpt:
+        run.train(0, 6)
+        ckpt.wait()
+        saved = ckpt.checkpointer.steps()
+    assert 6 in saved  # nothing changed after it
+    assert_stored("memory://perturbed", {step: seen[step] for step in saved})
+
+
+def test_a_write_before_the_first_window_is_always_seen():
+    module = mlp()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    ckpt = asymcheck_torch.attach(module, optimizer, url="memory://early-write")
+
+    def disturb(_module, _args):
+        with torch.no_grad():
+            module[0].weight.mul_(2)
+
+    module.register_forward_pre_hook(disturb)
+    plain_step(module, optimizer)
+    module(torch.randn(6, 12)).sum().backward()
+    with pytest.raises(SaveFailedError, match="changed before it could be captured") as caught:
+        ckpt.wait()
+    assert caught.value.__cause__.leaf == "params/0.weight"
+    assert ckpt.checkpointer.steps() == []
+    ckpt.close()
+
+
+def test_embeddings_renormed_in_the_forward_pass():
+    class Renormed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(12, 8, max_norm=0.5)
+            self.head = nn.Linear(8, 12)
+
+        def forward(self, x):
+            return self.head(self.embedding(x).tanh())
+
+    module = Renormed()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
+
+    def iterate(_i):
+        tokens = torch.randint(12, (30,))
+        loss = nn.functional.cross_entropy(module(tokens), tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    run = Run(module, [optimizer], iterate)
+    seen = record_updates(run)
+    with run.attach("memory://renormed", max_to_keep=None):
+        run.train(0, 4)
+    assert_stored("memory://renormed", seen)

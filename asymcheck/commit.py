@@ -16,6 +16,8 @@ from asymcheck.errors import (
     CorruptionError,
     FormatError,
     ObjectNotFoundError,
+    ObjectTooLongError,
+    ShortReadError,
     StepExistsError,
 )
 from asymcheck.manifest import (
@@ -118,6 +120,8 @@ def read_commit(store: Store, step: int) -> tuple[CommitRecord, str]:
         data = store.get(key, MAX_COMMIT_NBYTES)
     except ObjectNotFoundError:
         raise CheckpointNotFoundError("there is no such step", step=step, object=key) from None
+    except (ObjectTooLongError, ShortReadError) as error:
+        raise CorruptionError("the commit record cannot be whole", step=step, object=key) from error
     record = unseal(data, "commit", CommitRecord, object=key)
     if record.step != step:
         raise CorruptionError(
@@ -147,9 +151,14 @@ def _read_manifest(store: Store, record: CommitRecord, writer: int) -> Manifest:
             "the commit record names a manifest out of place", step=record.step, found=ref.key[:80]
         )
     try:
-        data = store.get(ref.key, MAX_MANIFEST_NBYTES)
-    except ObjectNotFoundError as error:
-        raise CorruptionError("a manifest is missing", step=record.step, object=ref.key) from error
+        data = store.get(ref.key, ref.nbytes)
+    except (ObjectNotFoundError, ObjectTooLongError, ShortReadError) as error:
+        raise CorruptionError(
+            "a manifest is missing or has another length",
+            step=record.step,
+            object=ref.key,
+            expected=f"{ref.nbytes} bytes",
+        ) from error
     if len(data) != ref.nbytes or sha256(data) != ref.sha256:
         raise CorruptionError(
             "the manifest is not the one that was committed",
@@ -176,5 +185,7 @@ def retire(store: Store, step: int) -> None:
         data = store.get(key, MAX_COMMIT_NBYTES)
     except ObjectNotFoundError:
         return
+    except ObjectTooLongError:
+        data = b""  # nothing that a record could be
     store.put_if_absent(f"{_DAMAGED_PREFIX}{step:016d}-{sha256(data)[:16]}.json", memoryview(data))
     store.delete(key)

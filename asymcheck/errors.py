@@ -122,6 +122,10 @@ class ShortReadError(StoreError):
     """An object ends before the range that was asked for."""
 
 
+class ObjectTooLongError(StoreError):
+    """An object is longer than what was asked for can be; nothing of it was read."""
+
+
 class StoreFullError(StoreError):
     """The store has no room (disk full, quota exceeded)."""
 

@@ -22,6 +22,7 @@ from asymcheck.errors import (
     CorruptionError,
     FormatError,
     ObjectNotFoundError,
+    ObjectTooLongError,
 )
 from asymcheck.manifest import Record
 from asymcheck.records import seal, unseal
@@ -146,7 +147,7 @@ def _is_alive(store: Store, key: str) -> bool:
         lease = unseal(store.get(key, _MAX_LEASE_NBYTES), "lease", Lease, object=key)
     except ObjectNotFoundError:
         return True  # replaced by its successor this moment
-    except (CorruptionError, FormatError) as error:
+    except (CorruptionError, FormatError, ObjectTooLongError) as error:
         _log.warning("run %s is taken to be alive: %s", key.split("/")[1], error)
         return True  # damaged, or of a later version: better garbage than a dead writer
     gone = process_identity.is_gone(lease.process)

@@ -11,7 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from asymcheck.errors import ObjectNotFoundError, ShortReadError, StoreError
+from asymcheck.errors import (
+    ObjectNotFoundError,
+    ObjectTooLongError,
+    ShortReadError,
+    StoreError,
+)
 from asymcheck.stores.base import MAX_KEY_LENGTH, Store
 
 BAD_KEYS = [
@@ -100,7 +105,7 @@ class StoreContract:
     def test_refuses_to_get_more_than_the_limit(self, store: Store) -> None:
         store.put("a", memoryview(b"0123456789"))
         assert store.get("a", 10) == b"0123456789"
-        with pytest.raises(StoreError, match="too long"):
+        with pytest.raises(ObjectTooLongError, match="too long"):
             store.get("a", 9)
 
     @pytest.mark.parametrize("key", ["missing", "a/missing", "missing/x", "a"])

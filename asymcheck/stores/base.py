@@ -45,8 +45,8 @@ class Store(Protocol):
 
     Keys are checked by `check_key`. A key is written once in its life and never reused. All
     methods may be called from several threads at once. Every failure is a `StoreError`:
-    `ObjectNotFoundError`, `ShortReadError`, `StoreFullError`, `StorePermissionError`,
-    `StoreUnavailableError`, or the base class.
+    `ObjectNotFoundError`, `ShortReadError`, `ObjectTooLongError`, `StoreFullError`,
+    `StorePermissionError`, `StoreUnavailableError`, or the base class.
     """
 
     @property
@@ -60,7 +60,7 @@ class Store(Protocol):
         ...
 
     def get(self, key: str, max_nbytes: int) -> bytes:
-        """The whole object; `StoreError` if it is longer than `max_nbytes` (nothing is read)."""
+        """The whole object; `ObjectTooLongError` if it has more than `max_nbytes` (none read)."""
         ...
 
     def get_range(self, key: str, offset: int, out: memoryview) -> None:

@@ -7,7 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from asymcheck.errors import ObjectNotFoundError, ShortReadError, StoreError
+from asymcheck.errors import (
+    ObjectNotFoundError,
+    ObjectTooLongError,
+    ShortReadError,
+    StoreError,
+)
 from asymcheck.stores.base import MAX_KEY_LENGTH, check_key, check_prefix, is_key
 from asymcheck.stores.direct_io import DirectWriter, read_up_to, write_all
 from asymcheck.stores.directories import Directories
@@ -60,10 +65,10 @@ class LocalStore:
         return True
 
     def get(self, key: str, max_nbytes: int) -> bytes:
-        """The whole object; `StoreError` if it is longer than `max_nbytes` (nothing is read)."""
+        """The whole object; `ObjectTooLongError` if it has more than `max_nbytes` (none read)."""
         nbytes = self._status(key).nbytes
         if nbytes > max_nbytes:
-            raise StoreError(
+            raise ObjectTooLongError(
                 "object is too long", object=key, expected=f"at most {max_nbytes}", found=nbytes
             )
         content = bytearray(nbytes)

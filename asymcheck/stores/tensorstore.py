@@ -12,6 +12,7 @@ import tensorstore
 
 from asymcheck.errors import (
     ObjectNotFoundError,
+    ObjectTooLongError,
     ShortReadError,
     StoreError,
     StoreFullError,
@@ -67,9 +68,11 @@ class KeyValueStore:
         return False
 
     def get(self, key: str, max_nbytes: int) -> bytes:
-        """The whole object; `StoreError` if it is longer than `max_nbytes` (nothing is read)."""
+        """The whole object; `ObjectTooLongError` if it has more than `max_nbytes` (none read)."""
         if self._is_longer(key, max_nbytes):
-            raise StoreError("object is too long", object=key, expected=f"at most {max_nbytes}")
+            raise ObjectTooLongError(
+                "object is too long", object=key, expected=f"at most {max_nbytes}"
+            )
         return self._read(key, 0, None)
 
     def get_range(self, key: str, offset: int, out: memoryview) -> None:

@@ -9,8 +9,8 @@ arrays. What the format cannot say itself goes into notes, a JSON object with th
 - `dtypes`: path -> dtype of the leaves that are stored as another dtype: complex ones as pairs of
   floats (a last dimension of 2), others as unsigned integers of the same width.
 
-safetensors takes bfloat16 and the common float8 as they are, but not complex numbers; each note
-is one string of its metadata, under `asymcheck.<member>`. An .npz must load in a NumPy without
+safetensors takes bfloat16 and the common float8 as they are, but not complex numbers; the notes
+are the string `asymcheck` of its metadata. An .npz must load in a NumPy without
 ml_dtypes, so bfloat16 and float8 are integers there: `a.view(ml_dtypes.bfloat16)` brings them
 back; the notes are the array `~asymcheck` of UTF-8 bytes, a name that no leaf of a state has.
 """
@@ -158,9 +158,8 @@ def _write_safetensors(checkpoint: Checkpoint, path: Path, done: Progress) -> No
     for leaf in checkpoint:
         arrays[leaf] = _array(checkpoint, leaf, about["dtypes"])
         done.add(arrays[leaf].nbytes)
-    metadata = {f"asymcheck.{name}": json.dumps(value) for name, value in about.items()}
     try:
-        library.save_file(arrays, path, metadata)
+        library.save_file(arrays, path, {"asymcheck": json.dumps(about)})
     except load_optional("safetensors", "export", "to export").SafetensorError as error:
         raise StoreError(f"cannot write {path}: {error}") from error
 

@@ -1,0 +1,224 @@
+"""Every code block of the README and of docs/ runs as it stands there.
+
+`python` blocks run in the order of the file, in one namespace and one temporary directory. Of
+`bash` and `console` blocks the lines that call `asymcheck` run, in between; other programs are not
+ours to run. A run that such a command names and no block has made is made first, with the steps
+that the file's commands name. A comment on the line before a block changes that:
+
+    <!-- test: skip REASON -->          do not run it, because
+    <!-- test: fresh -->                 an empty namespace and directory from here on
+    <!-- test: fixture NAME -->          call a function of `FIXTURES` in the directory first
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sample_run import state_at, write_run
+
+from asymcheck.policy import Never
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FIXTURES: Mapping[str, Callable[[], None]] = {
+    "run": lambda: write_run("runs/a"),
+    "raw_run": lambda: write_run("runs/a", policy=Never()),
+}
+
+_FENCE = re.compile(r"```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_MARKER = re.compile(r"<!-- test: (skip|fresh|fixture)(?: (.*?))? -->\s*\Z")
+_ELSEWHERE = re.compile(r"(?:file:///|gs://|s3://|hdfs://)\S*")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block; `line` is that of its first line of code."""
+
+    language: str
+    code: str
+    line: int
+    marker: str | None
+    argument: str | None
+
+
+def blocks_of(text: str) -> Iterator[Block]:
+    for fence in _FENCE.finditer(text):
+        marker = _MARKER.search(text[: fence.start()])
+        line = text.count("\n", 0, fence.start(2)) + 1
+        yield Block(fence[1], fence[2], line, *(marker.groups() if marker else (None, None)))
+
+
+def commands_of(block: Block) -> list[list[str]]:
+    """The calls of `asymcheck` in a shell block, each without what follows in a pipe."""
+    if block.language not in ("bash", "console", "sh", "shell"):
+        return []
+    lines = (re.sub(r"^\$ ", "", line) for line in block.code.replace("\\\n", "").splitlines())
+    calls = (shlex.split(line, comments=True) for line in lines if line.startswith("asymcheck "))
+    return [
+        call[: next((i for i, a in enumerate(call) if a in ("|", ">")), None)] for call in calls
+    ]
+
+
+def steps_named(commands: list[list[str]]) -> tuple[int, ...]:
+    """Numbers that stand alone or behind --step in commands."""
+    words = (re.sub(r"^--step=", "", word) for command in commands for word in command)
+    return tuple(sorted({int(word) for word in words if word.isdecimal()})) or (10, 20)
+
+
+def run_command(command: list[str], steps: tuple[int, ...], place: str) -> None:
+    if len(command) > 2 and not command[2].startswith("-") and not Path(command[2]).exists():
+        write_run(command[2], steps)
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    allowed = (0, 1) if command[1] == "diff" else (0,)
+    assert done.returncode in allowed, f"{place}: {shlex.join(command)}: {done.stderr}"
+
+
+def run_document(document: Path, directory: Path) -> dict[str, Any]:
+    """Run all blocks; the namespace at the end."""
+    blocks = list(blocks_of(document.read_text()))
+    steps = steps_named([command for block in blocks for command in commands_of(block)])
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        place = f"{document.name}:{block.line}"
+        if block.marker == "skip":
+            assert block.argument, f"{place}: a block that does not run must say why"
+            continue
+        if block.marker == "fresh":
+            namespace = {}
+            directory = directory / "fresh"
+            directory.mkdir()
+            os.chdir(directory)
+        if block.marker == "fixture":
+            FIXTURES[block.argument or ""]()
+        if block.language == "python":
+            run_python(block, namespace, document, place)
+        for command in commands_of(block):
+            run_command(command, steps, place)
+    return namespace
+
+
+def run_python(block: Block, namespace: dict[str, Any], document: Path, place: str) -> None:
+    elsewhere = _ELSEWHERE.search(block.code)
+    assert elsewhere is None, f"{place}: {elsewhere and elsewhere[0]} is not in a temporary place"
+    if "torch" in block.code:
+        pytest.importorskip("torch", reason=f"{place} needs torch")
+    code = compile("\n" * (block.line - 1) + block.code, str(document), "exec")
+    exec(code, namespace)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_block_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_document(document, tmp_path)
+
+
+def test_the_reader_of_the_specification_reads_all_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    read = run_document(ROOT / "docs" / "format.md", tmp_path)["read_raw_leaf"]
+    state = state_at(20)
+    for path, expected in (
+        ("params/weight", state["params"]["weight"]),
+        ("params/tied", state["params"]["weight"]),
+        ("optimizer/count", state["optimizer"]["count"]),
+        ("optimizer/phase", state["optimizer"]["phase"]),
+        ("optimizer/mask", state["optimizer"]["mask"]),
+    ):
+        found = read(Path("runs/a"), 20, path)
+        assert (found.dtype, found.shape) == (expected.dtype, np.shape(expected))
+        assert found.tobytes() == np.asarray(expected).tobytes()
+    with pytest.raises(AssertionError, match="no such leaf"):
+        read(Path("runs/a"), 20, "params/none")
+    pack = next(Path("runs/a/data").glob("*20-*/*.pack"))
+    pack.write_bytes(bytes(pack.stat().st_size))
+    with pytest.raises(AssertionError):
+        read(Path("runs/a"), 20, "params/weight")
+
+
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text()
+        anchors = {_anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("#"):
+                assert target[1:] in anchors, f"{document.name}: {target}"
+            elif "://" not in target:
+                path = document.parent / target.partition("#")[0]
+                assert path.exists(), f"{document.name}: {target}"
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes them."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+# -- the runner itself -------------------------------------------------------------------------
+
+
+def test_blocks_share_a_namespace_until_fresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = tmp_path / "x.md"
+    document.write_text(
+        "```python\na = 1\n```\n```python\nb = a + 1\n```\n"
+        "<!-- test: skip it would fail -->\n```python\n1 / 0\n```\n"
+        "```text\nnot code\n```\n"
+        "<!-- test: fresh -->\n```python\nassert 'a' not in dir()\nc = 3\n```\n"
+    )
+    namespace = run_document(document, tmp_path)
+    assert "a" not in namespace
+    assert namespace["c"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("```python\n1 / 0\n```\n", ZeroDivisionError),
+        ("<!-- test: skip -->\n```python\n1 / 0\n```\n", AssertionError),
+        ("```python\nurl = 'file:///runs/a'\n```\n", AssertionError),
+        ("```bash\nasymcheck ls runs/b --nonsense\n```\n", AssertionError),
+        ("<!-- test: fixture nonsense -->\n```python\n1\n```\n", KeyError),
+    ],
+)
+def test_what_fails_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, error: type[Exception]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = tmp_path / "x.md"
+    document.write_text(text)
+    with pytest.raises(error):
+        run_document(document, tmp_path)
+
+
+def test_commands_find_the_run_and_the_steps_that_they_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = tmp_path / "x.md"
+    document.write_text(
+        "```bash\nbash long.sh  # not ours\nasymcheck ls runs/b | head -1  # comment\n```\n"
+        "```console\n$ asymcheck diff runs/b 3 4\nstep 3 to step 4\n"
+        "$ asymcheck show runs/b --step=4 \\\n    params/weight\n```\n"
+    )
+    run_document(document, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "runs/b/commits").iterdir()) == [
+        f"{step:016d}.json" for step in (3, 4)
+    ]

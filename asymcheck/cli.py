@@ -6,7 +6,8 @@ Exit codes, for scripts:
 1  `diff`: the steps differ; every other command: damage was found (missing, wrong or malformed
    bytes), of which the output or the message tells
 2  usage: a wrong flag or argument, no such run, step or leaf, an optional library is missing
-3  it could not be done: the store or the output file failed; for `diff`: damage was found
+3  it could not be done: the store or the output file failed, or the step is of a later version;
+   for `diff`: damage was found
 
 130 and 141 mean, as in a shell, interrupted from the keyboard and output no longer wanted.
 
@@ -40,6 +41,7 @@ from asymcheck.errors import (
     CorruptionError,
     FormatError,
     StoreError,
+    UnsupportedVersionError,
 )
 from asymcheck.inspection.collection import collect
 from asymcheck.inspection.comparison import compare
@@ -329,6 +331,8 @@ def main(argv: Sequence[str]) -> int:
         return _dispatch(list(argv[1:]))
     except (UsageError, flags.Error, CheckpointNotFoundError, MissingLibraryError) as error:
         return _fail(error, USAGE)
+    except UnsupportedVersionError as error:
+        return _fail(error, FAILED)
     except (CorruptionError, FormatError) as error:
         return _fail(error, FAILED if argv[1:2] == ["diff"] else BAD)
     except BrokenPipeError:

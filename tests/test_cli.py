@@ -263,7 +263,7 @@ def test_verify_names_every_damaged_step_and_object(call: Call, run: Path) -> No
     assert {(d["step"], d["object"]) for d in steps[20]["damage"]} == {(10, keys[0])}
     code, out, _ = call("verify", run, "--step=30")
     assert code == 1
-    assert "step 30: DAMAGED" in out
+    assert "step 30: BAD" in out
     assert all(key in out for key in keys)
     assert call("verify", run)[0] == 0
 
@@ -416,6 +416,17 @@ def test_output_that_cannot_be_written(call: Call, shared_run: Path, tmp_path: P
     assert call("stats", shared_run, f"--plot={tmp_path}/no/x.png")[0] == 3
     assert call("stats", shared_run, f"--plot={tmp_path}/x.foo")[0] == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_later_version_is_no_damage(call: Call, run: Path) -> None:
+    path = run / commit_key(40)
+    path.write_bytes(path.read_bytes().replace(b"asymcheck commit 1 ", b"asymcheck commit 2 "))
+    code, out, err = call("show", run)
+    assert (code, out) == (3, "")
+    assert "another format version" in err
+    code, out, _ = call("verify", run)
+    assert code == 1
+    assert "another format version" in out
 
 
 def test_damage_is_an_error_to_diff(call: Call, run: Path) -> None:

@@ -32,7 +32,7 @@ _BATCH_NBYTES = 2 * MAX_BLOCK_NBYTES
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is wrong, and where; `leaf` is one that it concerns."""
+    """Something that is wrong (or not understood), and where; `leaf` is one that it concerns."""
 
     step: int
     object: str | None
@@ -71,7 +71,7 @@ class Verification:
     def text(self) -> Iterator[str]:
         """A line for each step, and one for each thing that is wrong with it."""
         for verdict in self.steps:
-            state = f"good, {size(verdict.raw_nbytes)}" if verdict.good else "DAMAGED"
+            state = f"good, {size(verdict.raw_nbytes)}" if verdict.good else "BAD"
             yield f"step {verdict.step}: {state}"
             yield from (f"  {damage}" for damage in verdict.damage)
 

@@ -81,10 +81,12 @@ def attach(
       taken right before the next forward pass.
     - `at_update(obj)` and `at_forward(obj)` say it explicitly.
 
-    With `DistributedDataParallel` each rank stores its part of what all share, and its own
-    generators and extra state; a checkpoint written at one world size restores at any other
-    (rank r takes those of rank r modulo the saved size). DDP's own communication is not visible
-    to hooks and counts as idle time of the backward windows.
+    With `DistributedDataParallel` all ranks attach together. Each stores its part of what all
+    share, and its own generators and extra state; a checkpoint written at one world size restores
+    at any other (rank r takes those of rank r modulo the saved size). DDP's own communication is
+    not visible to hooks and counts as idle time of the backward windows.
+
+    Compile before attaching; a compiled module is left whole and makes one window.
 
     Args:
         module: the module that trains, bare or wrapped by DDP or `torch.compile`.
@@ -102,6 +104,8 @@ def attach(
 
     Raises:
         UnsupportedStateError: an optimizer with a state of its own kind.
+        TypeError: an extra state that is none.
+        ValueError: a number out of range.
         StoreError: the URL names no store.
     """
     if isinstance(optimizer, Optimizer):
@@ -159,9 +163,9 @@ class TrainingCheckpointer:
         self._every_steps = every_steps
         self._raises = on_error == "raise"
         self._cycle = Cycle(clock, checkpointer)
-        self._updating: Optimizer | None = None
         self._due = False  # the step is to be captured, which has not begun
         self._seen_forward = False  # buffers may have changed since the update
+        self._captured = -1  # the last step that was captured, or restored
         self._capture: Capture | None = None
         self._held_s = 0.0
         self._hooks = list(self._hook()) if state.optimizers else []
@@ -210,6 +214,7 @@ class TrainingCheckpointer:
             restore_into(checkpoint, self._state)
 
         self.step = restore_together(self.checkpointer, fill, step, world)
+        self._captured = self.step
         self._due = self._seen_forward = False
         self._cycle.begin()
         return self.step
@@ -223,7 +228,7 @@ class TrainingCheckpointer:
             SaveFailedError: a forward pass has begun since the update, and may have changed
                 buffers; the step was not to be checkpointed and cannot be any more.
         """
-        if not self._due and self._capture is None and self.step not in self.stall_s:
+        if not self._due and self._capture is None and self.step != self._captured:
             if self._seen_forward:
                 raise SaveFailedError(
                     "the step cannot be checkpointed: a forward pass has begun since its update",
@@ -272,24 +277,23 @@ class TrainingCheckpointer:
             yield optimizer.register_step_post_hook(self._after_update)
 
     def _before_forward(self, module: nn.Module, _args: Any) -> None:
-        if self._updating is None and (module.training or torch.is_grad_enabled()):
+        if module.training or torch.is_grad_enabled():
             self._seen_forward = True
             if self._due:
                 self._begin()
 
     def _on_window(self, phase: Phase) -> None:
-        if self._updating is None:
-            ordinal = self._cycle.open(phase, self.step)
-            if ordinal is not None and self._capture is not None:
-                self._capture.enter_window(ordinal)
+        ordinal = self._cycle.open(phase, self.step)
+        if ordinal is not None and self._capture is not None:
+            self._capture.enter_window(ordinal)
 
-    def _before_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _before_update(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        # From here to the end of the update nothing is due and no window counts, so forward
+        # passes in a closure begin nothing.
         self._barrier()
         self.checkpointer.raise_errors()
-        self._updating = optimizer
 
     def _after_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        self._updating = None
         if optimizer is self._state.optimizers[-1]:
             self.step += 1
             self._seen_forward = False
@@ -335,6 +339,7 @@ class TrainingCheckpointer:
                 capture.pending.wait()
 
     def _remember(self, step: int) -> None:
+        self._captured = step
         self.stall_s[step] = self._held_s
         if len(self.stall_s) > _STALLS_REMEMBERED:
             del self.stall_s[next(iter(self.stall_s))]
@@ -344,7 +349,8 @@ class TrainingCheckpointer:
         if self._due:
             self._begin()
         self._finish()
-        self._cycle.end()
+        with self._failures():
+            self._cycle.end()
 
     @contextmanager
     def _held(self) -> Iterator[None]:

@@ -58,7 +58,7 @@ class World:
 
     def fresh_name(self) -> str:
         """A name that no other run has, the same on all ranks."""
-        return f"{self.broadcast(secrets.randbits(62)):x}"
+        return f"run{self.broadcast(secrets.randbits(62)):x}"
 
     def _tensor(self, number: int | list[int]) -> torch.Tensor:
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"

@@ -201,6 +201,18 @@ def test_weights_clipped_after_the_update_are_what_is_captured():
     assert torch.all(saved["params"]["0.weight"] == 0.25)
 
 
+def test_generators_are_those_right_after_the_update():
+    """The loop draws its next batch before the next forward pass."""
+    run = simple(lambda p: torch.optim.SGD(p, lr=0.1))()
+    states = []
+    run.optimizers[0].register_step_post_hook(lambda *_: states.append(torch.get_rng_state()))
+    with run.attach("memory://after-update", max_to_keep=None):
+        run.train(0, 3)
+    for step, expected in enumerate(states, 1):
+        rng = asymcheck_torch.load("memory://after-update", step)["ranks"]["0"]["rng"]
+        assert torch.equal(rng["torch"], expected)
+
+
 def test_forward_passes_inside_a_closure_begin_nothing():
     """LBFGS evaluates the model while it changes the weights."""
     module = mlp()
@@ -271,7 +283,16 @@ def test_save_now():
         run.module(torch.randn(2, 12))
         with pytest.raises(SaveFailedError, match="forward pass has begun"):
             ckpt.save_now()
+        ckpt.restore(3)
+        ckpt.save_now()  # there already
+        assert ckpt.checkpointer.steps() == [3]
     assert_stored("memory://now", {3: seen[3]})
+
+
+def test_every_steps_is_at_least_one():
+    run = simple(lambda p: torch.optim.Adam(p))()
+    with pytest.raises(ValueError, match="every_steps is 0"):
+        run.attach("memory://never", every_steps=0)
 
 
 # -- failures ------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def test_tied_here_but_not_there():
     saved_run("memory://untied", build=lambda: build(False))
     with (
         build(True).attach("memory://untied") as ckpt,
-        pytest.raises(StateMismatchError, match="'a.weight' and 'b.weight' are tied"),
+        pytest.raises(StateMismatchError, match=r"'a\.weight' and 'b\.weight' are tied"),
     ):
         ckpt.restore()
 
@@ -259,6 +259,27 @@ def test_a_run_can_be_rolled_back_within_a_process():
         assert differences(everything(run), at_two) == []
         ckpt.checkpointer.discard_after(2)
         assert run.train(2, 4) == losses
+
+
+def test_state_that_the_checkpoint_does_not_have_is_gone():
+    """The second layer has no momentum yet at step 1."""
+
+    def build():
+        module = mlp()
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+
+        def iterate(i):
+            module[2].requires_grad_(i > 0)
+            return plain_step(module, optimizer)
+
+        return Run(module, [optimizer], iterate)
+
+    run = saved_run("memory://gone", build=build, max_to_keep=None)
+    assert len(run.optimizers[0].state) == 4
+    with run.attach("memory://gone") as ckpt:
+        ckpt.restore(1)
+    state = run.optimizers[0].state
+    assert [run.module[0].weight in state, run.module[2].weight in state] == [True, False]
 
 
 # -- without an optimizer ------------------------------------------------------------------

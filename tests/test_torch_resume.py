@@ -24,26 +24,26 @@ from torch_runs import (  # noqa: E402
 
 import asymcheck_torch  # noqa: E402
 
-O = torch.optim
-
 OPTIMIZERS = {
-    "sgd": lambda p: O.SGD(p, lr=0.1),
-    "sgd-momentum": lambda p: O.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
-    "adam": lambda p: O.Adam(p, lr=1e-2),
-    "adam-amsgrad": lambda p: O.Adam(p, lr=1e-2, amsgrad=True),
-    "adamw-foreach": lambda p: O.AdamW(p, lr=1e-2, foreach=True),
-    "adamw-single": lambda p: O.AdamW(p, lr=1e-2, foreach=False),
-    "adamw-fused": lambda p: O.AdamW(p, lr=1e-2, fused=True),
-    "adamw-tensor-lr": lambda p: O.AdamW(p, lr=torch.tensor(1e-2), foreach=False),
-    "adagrad": lambda p: O.Adagrad(p, lr=1e-2),
-    "adadelta": lambda p: O.Adadelta(p),
-    "adafactor": lambda p: O.Adafactor(p),
-    "adamax": lambda p: O.Adamax(p),
-    "asgd": lambda p: O.ASGD(p),
-    "nadam": lambda p: O.NAdam(p),
-    "radam": lambda p: O.RAdam(p),
-    "rmsprop": lambda p: O.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
-    "rprop": lambda p: O.Rprop(p),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "sgd-momentum": lambda p: torch.optim.SGD(
+        p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3
+    ),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "adam-amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "adamw-single": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "adamw-tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), foreach=False),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "adadelta": lambda p: torch.optim.Adadelta(p),
+    "adafactor": lambda p: torch.optim.Adafactor(p),
+    "adamax": lambda p: torch.optim.Adamax(p),
+    "asgd": lambda p: torch.optim.ASGD(p),
+    "nadam": lambda p: torch.optim.NAdam(p),
+    "radam": lambda p: torch.optim.RAdam(p),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
+    "rprop": lambda p: torch.optim.Rprop(p),
 }
 
 
@@ -67,7 +67,7 @@ def test_without_optimizer_state_before_first_update_there_is_nothing_to_restore
 def test_lbfgs_with_closure():
     def build():
         module = mlp()
-        optimizer = O.LBFGS(module.parameters(), lr=0.5, max_iter=4, history_size=3)
+        optimizer = torch.optim.LBFGS(module.parameters(), lr=0.5, max_iter=4, history_size=3)
 
         def iterate(_i):
             x = torch.randn(6, 12)
@@ -88,8 +88,8 @@ def test_lbfgs_with_closure():
 def test_two_optimizers_one_stepped_more_often():
     def build():
         nets = nn.ModuleDict({"g": mlp(), "d": nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8))})
-        of_d = O.RMSprop(nets["d"].parameters(), lr=1e-3)
-        of_g = O.Adam(nets["g"].parameters(), lr=1e-3, betas=(0.5, 0.99))
+        of_d = torch.optim.RMSprop(nets["d"].parameters(), lr=1e-3)
+        of_g = torch.optim.Adam(nets["g"].parameters(), lr=1e-3, betas=(0.5, 0.99))
 
         def iterate(_i):
             for _ in range(2):
@@ -127,7 +127,7 @@ class Tied(nn.Module):
 
 def tied_run():
     module = Tied()
-    optimizer = O.AdamW(module.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
 
     def iterate(_i):
         tokens = torch.randint(12, (20,))
@@ -162,7 +162,7 @@ def test_frozen_parameters_and_buffers():
         module[0].requires_grad_(False)
         module.register_buffer("count", torch.zeros((), dtype=torch.int64))
         module.register_buffer("scratch", torch.zeros(3), persistent=False)
-        optimizer = O.Adam([p for p in module.parameters() if p.requires_grad])
+        optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad])
         return Run(module, [optimizer], lambda _i: plain_step(module, optimizer))
 
     assert_resumes(build, "memory://frozen")
@@ -175,13 +175,13 @@ def test_frozen_parameters_and_buffers():
 def test_parameter_groups_added_later():
     def build():
         module = mlp()
-        optimizer = O.AdamW(module[0].parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(module[0].parameters(), lr=1e-2)
         optimizer.add_param_group({"params": list(module[2].parameters()), "lr": 1e-3})
         return Run(module, [optimizer], lambda _i: plain_step(module, optimizer))
 
     def grow():
         module = mlp()
-        optimizer = O.AdamW(module[0].parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(module[0].parameters(), lr=1e-2)
         return Run(module, [optimizer], lambda _i: plain_step(module, optimizer))
 
     seed_all(1)
@@ -205,7 +205,7 @@ def test_parameters_that_only_the_optimizer_has():
     def build():
         module = mlp()
         temperature = nn.Parameter(torch.ones(()))
-        optimizer = O.Adam([*module.parameters(), temperature], lr=1e-2)
+        optimizer = torch.optim.Adam([*module.parameters(), temperature], lr=1e-2)
 
         def iterate(_i):
             x = torch.randn(6, 12)
@@ -224,7 +224,7 @@ def test_parameters_that_only_the_optimizer_has():
 def test_gradient_accumulation():
     def build():
         module = mlp()
-        optimizer = O.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
 
         def iterate(_i):
             for _ in range(3):
@@ -256,7 +256,7 @@ SCHEDULERS = {
 def test_schedulers(name):
     def build():
         module = mlp()
-        optimizer = O.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
         scheduler = SCHEDULERS[name](optimizer)
 
         def iterate(_i):
@@ -272,7 +272,7 @@ def test_schedulers(name):
 def test_plateau_scheduler():
     def build():
         module = mlp()
-        optimizer = O.SGD(module.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
 
         def iterate(_i):
@@ -290,7 +290,7 @@ def test_grad_scaler_that_skips_updates():
 
     def build():
         module = mlp()
-        optimizer = O.Adam(module.parameters(), lr=1e-2)
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
 
         def iterate(i):
@@ -322,7 +322,7 @@ def batch_norm_run():
         nn.Dropout(0.3),
         nn.Linear(16, 12),
     )
-    optimizer = O.AdamW(module.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     return Run(module, [optimizer], lambda _i: plain_step(module, optimizer))
 
 
@@ -334,7 +334,7 @@ def test_batch_norm_and_dropout():
 def test_dtypes(dtype):
     def build():
         module = mlp().to(dtype)
-        optimizer = O.SGD(module.parameters(), lr=0.01, momentum=0.9)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
 
         def iterate(_i):
             x = torch.randn(6, 12).to(dtype)
@@ -352,7 +352,7 @@ def test_dtypes(dtype):
 def test_mixed_dtypes_of_parameter_and_state_are_not_cast():
     """bf16 weights with fp32 moments: torch's own load_state_dict would round the moments."""
 
-    class MasterSGD(O.Optimizer):
+    class MasterSGD(torch.optim.Optimizer):
         def __init__(self, params):
             super().__init__(params, {"lr": 0.01})
 
@@ -385,11 +385,26 @@ def test_mixed_dtypes_of_parameter_and_state_are_not_cast():
     assert_resumes(build, "memory://master")
 
 
+def test_tensors_that_are_replaced_at_every_step():
+    class Replacing(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.01})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                old = self.state[parameter].get("mean", torch.zeros_like(parameter))
+                self.state[parameter]["mean"] = 0.9 * old + parameter.grad
+                parameter.data = parameter - 0.01 * self.state[parameter]["mean"]
+
+    assert_resumes(simple(Replacing), "memory://replaced")
+
+
 def test_channels_last_parameters():
     def build():
         module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 3))
         module = module.to(memory_format=torch.channels_last)
-        optimizer = O.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
 
         def iterate(_i):
             loss = module(torch.randn(2, 3, 8, 8)).square().mean()
@@ -406,7 +421,7 @@ def test_channels_last_parameters():
 def test_python_and_numpy_generators():
     def build():
         module = mlp()
-        optimizer = O.SGD(module.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
 
         def iterate(_i):
             scale = random.random() + np.random.rand() + random.gauss(0, 1) + np.random.randn()

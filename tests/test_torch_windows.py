@@ -219,12 +219,11 @@ def test_evaluations_between_steps_do_not_count():
 
 
 def hooks_of(run):
-    found = [
-        len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in run.optimizers
+    of_modules = [(m._forward_pre_hooks, m._forward_hooks) for m in run.module.modules()]
+    of_optimizers = [
+        (o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks) for o in run.optimizers
     ]
-    for module in run.module.modules():
-        found.append(len(module._forward_pre_hooks) + len(module._forward_hooks))
-    return sum(found)
+    return sum(len(hooks) for pair in of_modules + of_optimizers for hooks in pair)
 
 
 def test_close_removes_every_hook_even_if_it_raises():

@@ -132,3 +132,20 @@ def restore_into_another_model_on_one_rank(rank: int, url: str) -> Any:
         except Exception as error:
             return type(error).__name__, str(error), before, everything(run)
     raise AssertionError("restored into a model that does not fit")
+
+
+def train_in_a_plain_group(rank: int, url: str) -> Any:
+    """Ranks that keep their parameters equal by themselves, each with its own buffers."""
+    run = build(False)
+    seed_all(300 + rank)
+    run.module(torch.randn(4, 12))  # buffers differ from here on
+    with run.attach(url, process_group=dist.group.WORLD) as ckpt:
+        for parameter in run.module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        run.optimizers[0].step()
+        ckpt.wait()
+    expected = everything(run)
+    with run.attach(url, process_group=dist.group.WORLD) as ckpt:
+        run.module(torch.randn(4, 12))
+        assert ckpt.restore() == 1
+    return expected, everything(run)

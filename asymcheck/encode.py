@@ -32,8 +32,11 @@ from asymcheck.threads import run_at_low_priority
 
 Payload = bytes | memoryview
 
-MIN_CAPTURE_BUFFERS = 3
-"""One for raw packs, one for what is to be coded, and one to go on with."""
+MIN_CAPTURE_BUFFERS = 6
+"""What one unit, at most a buffer long, can need at once: its raw columns end a pack in one buffer
+and make up three packs more at most, none of which is sent before the unit is captured; and a
+buffer with columns to be coded is held until there is another. With fewer, `place` waits in vain.
+"""
 
 
 @dataclass(slots=True)
@@ -64,6 +67,7 @@ class _Coded:
     """A column after coding; `payload` None if its bytes already lie in a pack."""
 
     column: CapturedColumn
+    codec: Codec
     payload: Payload | None
     digest: str
     raw: str
@@ -89,12 +93,14 @@ _Item = tuple[CapturedUnit, Future[list[_Coded]]] | _Sealed | _Mark
 class Encoder:
     """Places units in host memory before capture, and turns them into packs afterwards.
 
+    A block that a codec does not make smaller is stored as it is.
+
     `place`, `end_partition` and `end` are called by whoever captures, one at a time; `place` blocks
     while host memory is short.
 
     Args:
         policy, cost: what decides on codecs, and what is told of their costs.
-        capture_pool: for captured bytes; at least `MIN_CAPTURE_BUFFERS`, or `place` waits in vain.
+        capture_pool: for captured bytes; at least `MIN_CAPTURE_BUFFERS`.
         pack_pool: for packs of coded blocks.
         flush: where packs go.
         threads: units coded at once.
@@ -122,7 +128,8 @@ class Encoder:
         self._placed_nbytes = 0  # to be coded, of all units so far
         self._packed_nbytes = 0  # of these
         self._packing = threading.Condition()  # guards _packed_nbytes
-        self._codecs: dict[str, Codec] = {}
+        self._raw = codec_by_name("raw")
+        self._codecs: dict[str, Codec] = {"raw": self._raw}
         self._items: SimpleQueue[_Item | None] = SimpleQueue()
         self._executor = ThreadPoolExecutor(threads, "asymcheck-encode", run_at_low_priority)
         self._packer = threading.Thread(target=self._pack, name="asymcheck-pack", daemon=True)
@@ -241,7 +248,9 @@ class Encoder:
         if reference is not None and attempt.predecessor_encoded is not None:
             attempt.predecessor_encoded.wait()  # its blocks must be in the reference first
         self._await_turn(captured.coding)
-        coded = [_store_raw(captured, c, reference) for c in captured.columns if c.slot is not None]
+        coded = [
+            self._store_raw(captured, c, reference) for c in captured.columns if c.slot is not None
+        ]
         for codec, columns in _by_codec(captured.columns):
             coded.extend(self._encode(captured, codec, columns, reference))
         return coded
@@ -284,12 +293,32 @@ class Encoder:
                 codec.id, spec.kind, spec.dtype, column.view.nbytes, len(payload)
             )
         decoded = _reconstruct(codec, inputs, payloads) if codec.lossy else [c.new for c in inputs]
-        for column, new in zip(columns, decoded, strict=True):
-            _refer(captured, column, new, reference)
         return [
-            _Coded(c, p, xxhash.xxh3_128_hexdigest(p), xxhash.xxh3_128_hexdigest(d.data))
-            for c, p, d in zip(columns, payloads, decoded, strict=True)
+            self._store_coded(captured, codec, c, payload, new, reference)
+            for c, payload, new in zip(columns, payloads, decoded, strict=True)
         ]
+
+    def _store_coded(
+        self,
+        captured: CapturedUnit,
+        codec: Codec,
+        column: CapturedColumn,
+        payload: Payload,
+        decoded: NDArray[np.uint8],
+        reference: Reference | None,
+    ) -> _Coded:
+        if len(payload) >= column.view.nbytes and not codec.joint:
+            return self._store_raw(captured, column, reference)
+        _refer(captured, column, decoded, reference)
+        digests = xxhash.xxh3_128_hexdigest(payload), xxhash.xxh3_128_hexdigest(decoded.data)
+        return _Coded(column, codec, payload, *digests)
+
+    def _store_raw(
+        self, captured: CapturedUnit, column: CapturedColumn, reference: Reference | None
+    ) -> _Coded:
+        _refer(captured, column, column.view, reference)
+        payload = column.view.data if column.slot is None else None
+        return _Coded(column, self._raw, payload, xxhash.xxh3_128_hexdigest(column.view.data), "")
 
     # -- packing ---------------------------------------------------------------------------
 
@@ -327,13 +356,13 @@ class Encoder:
             if sealed is not None:
                 self._send(attempt, sealed)
             slot.view[:] = np.frombuffer(coded.payload, np.uint8)
-        attempt.used_base |= column.codec.needs_base
+        attempt.used_base |= coded.codec.needs_base
         attempt.rows.append(
             Row(
                 column.source,
                 unit.start,
                 unit.count,
-                column.codec,
+                coded.codec,
                 captured.group,
                 slot.pack,
                 slot.offset,
@@ -390,13 +419,6 @@ def _columns(
             )
             begin += nbytes
     return columns
-
-
-def _store_raw(
-    captured: CapturedUnit, column: CapturedColumn, reference: Reference | None
-) -> _Coded:
-    _refer(captured, column, column.view, reference)
-    return _Coded(column, None, xxhash.xxh3_128_hexdigest(column.view.data), "")
 
 
 def _refer(

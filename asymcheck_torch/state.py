@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from zlib import crc32
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
 from asymcheck import tree
 from asymcheck.partition import owned_range
-from asymcheck.state import LeafSource, StateView
+from asymcheck.state import LeafSource, LeafSpec, ShardSpec, StateView
 from asymcheck_torch import rng
 from asymcheck_torch.extras import Extra, Moment, private
 from asymcheck_torch.modules import (
@@ -208,6 +210,26 @@ class TrainingState:
         if size < _SPLIT_FROM_ELEMENTS:
             return (0, size) if crc32(group.encode()) % world == rank else None
         return owned_range(size, rank, world)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A source that fails when it is read."""
+
+    error: Exception
+    leaf = LeafSpec("refused", "uint8", (1,))
+    shard = ShardSpec.whole((1,))
+    group = "refused"
+    owned = (0, 1)
+
+    def read_into(self, start: int, count: int, out: NDArray[np.uint8]) -> None:
+        """Raise the error."""
+        raise self.error
+
+
+def refused(error: Exception) -> StateView:
+    """The view of a rank that cannot show its state: the other ranks learn that, and why."""
+    return StateView({"dict": []}, (_Refused(error),))
 
 
 def _group(kind: str, name: str, path: str, value: object) -> str:

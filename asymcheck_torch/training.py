@@ -16,17 +16,18 @@ from torch.optim import Optimizer
 
 from asymcheck.buffers import page_aligned
 from asymcheck.checkpointer import Checkpointer
-from asymcheck.errors import AsymCheckError, SaveFailedError
+from asymcheck.errors import AsymCheckError, SaveFailedError, UnsupportedStateError
 from asymcheck.partition import Phase
 from asymcheck.reader import Checkpoint
 from asymcheck.snapshot import Capture
+from asymcheck.state import StateView
 from asymcheck.strategy import Strategy
 from asymcheck_torch.agreement import restore_together
 from asymcheck_torch.extras import named_extras
 from asymcheck_torch.modules import changes_in_forward, is_compiled, visible
 from asymcheck_torch.optimizers import check_optimizer
 from asymcheck_torch.restore import restore_into
-from asymcheck_torch.state import TrainingState
+from asymcheck_torch.state import TrainingState, refused
 from asymcheck_torch.tensors import cuda_devices, pinned
 from asymcheck_torch.windows import (
     CudaClock,
@@ -314,13 +315,21 @@ class TrainingCheckpointer:
         self._due = False
         with self._failures(), self._held():
             begun_s = time.monotonic()
-            view = self._state.view()
+            view = self._view()
             view_s = time.monotonic() - begun_s
             windows = self._cycle.expected
             self._capture = self.checkpointer.begin(self.step, view, windows=windows)
             self._capture.add_stall(self._held_s + view_s)
         if not self.checkpointer.strategy.windows:
             self._finish()
+
+    def _view(self) -> StateView:
+        try:
+            return self._state.view()
+        except UnsupportedStateError as error:
+            if self._state.world.size > 1:  # the others would wait for this rank
+                self.checkpointer.begin(self.step, refused(error)).finish()
+            raise
 
     def _finish(self) -> None:
         """Have everything captured: after this the state may change."""

@@ -114,6 +114,12 @@ def test_a_rank_that_fails_for_good_stops_all(saved, tmp_path):
     assert differences(found[1][3], found[1][2]) == []
 
 
+def test_a_rank_that_cannot_store_a_step_costs_only_that_step(tmp_path):
+    url = (tmp_path / "run").as_uri()
+    found = start(torch_ddp.fail_on_one_rank_for_a_step, tmp_path / "odd", url)
+    assert found == [[1, 3, 4], [1, 3, 4]]
+
+
 def test_ranks_without_ddp(tmp_path):
     url = (tmp_path / "run").as_uri()
     found = start(torch_ddp.train_in_a_plain_group, tmp_path / "group", url)

@@ -149,3 +149,21 @@ def train_in_a_plain_group(rank: int, url: str) -> Any:
         run.module(torch.randn(4, 12))
         assert ckpt.restore() == 1
     return expected, everything(run)
+
+
+def fail_on_one_rank_for_a_step(rank: int, url: str) -> Any:
+    """Rank 1 cannot store its state of step 2; the steps that there are in the end."""
+    run = build(True)
+    position = run.extras["position"]
+    state_dict = position.state_dict
+
+    def sometimes_odd() -> dict[str, Any]:
+        odd = rank == 1 and position.drawn == 2
+        return state_dict() | ({"odd": object()} if odd else {})
+
+    position.state_dict = sometimes_odd
+    options = {"on_error": "warn", "max_to_keep": None, "commit_timeout_s": 60.0}
+    with run.attach(url, **options) as ckpt:
+        run.train(0, 4)
+        ckpt.wait()
+        return ckpt.checkpointer.steps()

@@ -55,8 +55,8 @@ class BufferPool:
         buffer_nbytes: the size of every buffer, a multiple of 4096.
         max_nbytes: the bound on the sum of all buffers.
         timeout_s: how long `acquire` waits for a buffer before it gives up. After it gave up
-            once, it does not wait again until a buffer has come back: a store that hangs stops
-            training once, not at every step.
+            once, it does not wait again until the store has moved (`note_progress`) or all
+            buffers have come back: a store that hangs stops training once, not at every step.
         allocate: gives page-aligned memory, pinned where a device copies into it.
     """
 
@@ -137,9 +137,15 @@ class BufferPool:
     def take_back(self, data: NDArray[np.uint8]) -> None:
         """Called by `Buffer.release` with `condition` held."""
         self._free.append(data)
-        self._hopeless = False
+        if len(self._free) * self.buffer_nbytes >= self._allocated_nbytes:
+            self._hopeless = False
         self._trim()
         self.condition.notify_all()
+
+    def note_progress(self) -> None:
+        """The store has taken an object: waiting for it makes sense."""
+        with self.condition:
+            self._hopeless = False
 
     def _trim(self) -> None:
         while self._free and self._allocated_nbytes > self._max_nbytes:

@@ -391,6 +391,9 @@ class Encoder:
         key = attempt.add_pack(len(data))
 
         def done(error: BaseException | None) -> None:
+            if error is None:
+                self._capture_pool.note_progress()
+                self._pack_pool.note_progress()
             pack.release()
             attempt.settle(error)
 

@@ -157,11 +157,27 @@ def test_a_store_that_hangs_holds_up_training_once() -> None:
             pool.acquire()
     assert waits.count == 0
     buffer.release()
-    again = pool.acquire()
+    pool.acquire()
     with pytest.raises(CaptureTimeoutError):
         pool.acquire()
-    assert waits.count > 0  # it had hope again
-    again.release()
+    assert waits.count > 0  # all had come back: it had hope again
+
+
+def test_hope_comes_back_with_the_store_not_with_what_was_given_up() -> None:
+    pool = BufferPool(SIZE, 2 * SIZE, 0.01, plain)
+    waits = Waits(pool)
+    _stuck, given_up = pool.acquire(), pool.acquire()
+    for progress, waited in ((False, False), (True, True)):
+        with pytest.raises(CaptureTimeoutError):
+            pool.acquire()
+        given_up.release()
+        given_up = pool.acquire()
+        if progress:
+            pool.note_progress()
+        waits.count = 0
+        with pytest.raises(CaptureTimeoutError):
+            pool.acquire()
+        assert (waits.count > 0) == waited
 
 
 def test_closing_wakes_who_waits() -> None:

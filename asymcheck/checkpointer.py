@@ -1,4 +1,4 @@
-"""Wiring and life cycle: the parts put together, in the order of the way of the data."""
+"""The life cycle of a run: saving, restoring, what a restart takes over, errors, the end."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from asymcheck.attempt import Attempt, PendingSave, failure
-from asymcheck.batching import derive_pack_nbytes
-from asymcheck.buffers import ALIGNMENT, Allocate, BufferPool, page_aligned
+from asymcheck.buffers import Allocate, page_aligned
 from asymcheck.calibration import calibrate_writes
 from asymcheck.commit import MAX_CHAIN, committed_steps, read_commit, read_manifests, retire
-from asymcheck.committer import Committer
 from asymcheck.cost import CostModel
-from asymcheck.encode import MIN_CAPTURE_BUFFERS, Encoder
 from asymcheck.errors import (
     CheckpointNotFoundError,
     ClosedError,
@@ -32,14 +28,13 @@ from asymcheck.errors import (
     StoreError,
     UnsupportedStateError,
 )
-from asymcheck.flush import FlushQueue
 from asymcheck.idle import IdleProfile
-from asymcheck.lease import LeaseKeeper
+from asymcheck.increments import Increments
 from asymcheck.manifest import MAX_STEP
 from asymcheck.partition import Phase, Window
+from asymcheck.pipeline import Options, Pipeline
 from asymcheck.plan import Plan, make_plan, signature_of
 from asymcheck.reader import Checkpoint, fill_target, open_step
-from asymcheck.reference import Reference
 from asymcheck.restore import newest_good
 from asymcheck.retention import (
     Committed,
@@ -49,7 +44,7 @@ from asymcheck.retention import (
     remove_step,
     survey,
 )
-from asymcheck.snapshot import Capture, Snapshotter
+from asymcheck.snapshot import Capture
 from asymcheck.state import StateView, numpy_view
 from asymcheck.stores import open_store
 from asymcheck.stores.base import Store
@@ -60,10 +55,6 @@ from asymcheck.trace import Trace
 T = TypeVar("T")
 _log = logging.getLogger("asymcheck")
 
-PUTS_IN_FLIGHT = 4
-CODING_BUFFERS = 3
-MIN_PACK_NBYTES = 1 << 20
-MAX_BUFFER_NBYTES = 32 << 20
 MIN_HOST_NBYTES = 1 << 20
 _RUN_ID = re.compile(r"[0-9a-z]{1,32}")
 
@@ -128,7 +119,6 @@ class Checkpointer:
         self._store = open_store(url) if isinstance(url, str | os.PathLike) else url
         self._retention = Retention(max_to_keep, keep_every)
         self._max_host_nbytes = max_host_bytes
-        self._max_chain = max_chain
         self._on_error = on_error
         self._writer, self._writers = writer, writers
         self._run_id = run_id or secrets.token_hex(8)
@@ -140,10 +130,7 @@ class Checkpointer:
         self._attempts = 0
         self._plan: Plan | None = None
         self._planned_windows: list[Window] = []
-        self._reference: Reference | None = None
-        self._old_reference_unused: threading.Event | None = None
-        self._warned_about: tuple[object, ...] | None = None  # a state without a reference
-        self._base_due = False  # an attempt failed: increments on those in flight fail, too
+        self._increments = Increments(self.strategy.policy, max_chain)
         self._last: Attempt | None = None
         self._capture: Capture | None = None
         self._unreported: list[Attempt] = []  # begun, and not known to be committed or failed
@@ -154,8 +141,8 @@ class Checkpointer:
         self._swept = False
         self._connected = False
         self._closed = False
-        self._pipeline: _Pipeline | None = None
-        self._options = _Options(
+        self._pipeline: Pipeline | None = None
+        self._options = Options(
             max_host_bytes,
             self._run_id,
             writer,
@@ -265,7 +252,7 @@ class Checkpointer:
         )
         if problem is not None:
             attempt.fail(problem)
-        pipeline.encoder.begin(attempt, self._reference)
+        pipeline.encoder.begin(attempt, self._increments.reference)
         pipeline.committer.submit(attempt)
         self._last, self._capture = attempt, capture
         self._unreported.append(attempt)
@@ -280,11 +267,9 @@ class Checkpointer:
         view: StateView,
         plan: Plan,
         metadata: dict[str, Any],
-        pipeline: _Pipeline,
+        pipeline: Pipeline,
     ) -> Attempt:
         number, self._attempts = self._attempts, self._attempts + 1
-        base = self._base_for(step, plan, number)
-        self._keep_reference(plan, pipeline)
         attempt = Attempt(
             step=step,
             name=f"{self._run_id}-{number:06d}",
@@ -293,62 +278,17 @@ class Checkpointer:
             plan=plan,
             structure=view.structure,
             metadata=metadata if self._writer == 0 else {},
-            base_step=base.step if base is not None and self._reference is not None else None,
+            base_step=self._increments.base_of(step, number, plan, pipeline),
             predecessor_encoded=self._last.encoded if self._last is not None else None,
-            pack_nbytes=self._pack_nbytes(plan, pipeline),
+            pack_nbytes=pipeline.pack_nbytes(plan.nbytes)
+            if self.strategy.batched
+            else pipeline.buffer_nbytes,
         )
-        if self._reference is not None:
-            self._reference.holds = attempt.name
+        self._increments.begun(attempt)
         return attempt
 
-    def _base_for(self, step: int, plan: Plan, number: int) -> Attempt | None:
-        """The attempt to build an increment on, if that may be.
-
-        Bases stand at fixed numbers, so that the writers agree on them without talking.
-        """
-        last, reference = self._last, self._reference
-        due, self._base_due = self._base_due, False
-        if due or last is None or reference is None or number % (self._max_chain + 1) == 0:
-            return None
-        whole = reference.holds == last.name and reference.signature == plan.signature
-        return last if whole and last.error is None and last.step < step else None
-
-    def _keep_reference(self, plan: Plan, pipeline: _Pipeline) -> None:
-        """Hold the predecessor in memory where increments pay and the bound allows it."""
-        if self._reference is not None and self._reference.signature != plan.signature:
-            self._reference = None
-            self._old_reference_unused = self._last.encoded if self._last is not None else None
-        if self._reference is not None or self._max_chain == 0:
-            return
-        totals: dict[tuple[str, str], int] = {}
-        for partition in plan.partitions:
-            for key, nbytes in partition.nbytes_by_class.items():
-                totals[key] = totals.get(key, 0) + nbytes
-        if not self.strategy.policy.wants_base(totals, pipeline.cost):
-            return
-        left = pipeline.capture_nbytes - plan.nbytes
-        if left < MIN_CAPTURE_BUFFERS * pipeline.buffer_nbytes:
-            self._warn_about(plan)
-            return
-        pipeline.capture_pool.limit(left)
-        if pipeline.capture_pool.allocated_nbytes <= left and self._old_reference_is_unused():
-            self._reference = Reference(plan)  # else at a later step: the memory is still in use
-
-    def _old_reference_is_unused(self) -> bool:
-        return self._old_reference_unused is None or self._old_reference_unused.is_set()
-
-    def _warn_about(self, plan: Plan) -> None:
-        if self._warned_about != plan.signature:
-            self._warned_about = plan.signature
-            _log.warning(
-                "increments would pay, but the reference of %d bytes does not fit into "
-                "max_host_bytes=%d: every step is stored in full",
-                plan.nbytes,
-                self._max_host_nbytes,
-            )
-
     def _plan_for(
-        self, view: StateView, windows: Sequence[Window] | None, pipeline: _Pipeline
+        self, view: StateView, windows: Sequence[Window] | None, pipeline: Pipeline
     ) -> Plan:
         chosen = self._windows(windows)
         plan = self._plan
@@ -365,20 +305,6 @@ class Checkpointer:
         if not self.strategy.windows:
             return [Window(Phase.FORWARD, 0, 0.0)]
         return self.profile.windows() or list(expected or [Window(Phase.FORWARD, 0, 0.0)])
-
-    def _pack_nbytes(self, plan: Plan, pipeline: _Pipeline) -> int:
-        if not self.strategy.batched:
-            return pipeline.buffer_nbytes
-        put = pipeline.cost.line("put")
-        return derive_pack_nbytes(
-            volume_nbytes=max(plan.nbytes, 1),
-            alpha_s=put.alpha_s,
-            beta_s_per_byte=put.beta_s_per_byte,
-            fill_s_per_byte=pipeline.cost.line("copy").beta_s_per_byte,
-            puts_in_flight=PUTS_IN_FLIGHT,
-            max_nbytes=pipeline.buffer_nbytes,
-            min_nbytes=min(MIN_PACK_NBYTES, pipeline.buffer_nbytes),
-        )
 
     # -- restoring -------------------------------------------------------------------------
 
@@ -436,8 +362,7 @@ class Checkpointer:
         for committed in sorted(later, key=lambda c: -c.step):
             remove_step(self._store, committed)
             self._known.pop(committed.step, None)
-        if self._reference is not None:
-            self._reference.holds = None  # perhaps one of these: nothing may build on it
+        self._increments.forget()  # perhaps one of these: nothing may build on it
         return sorted(c.step for c in later)
 
     # -- life cycle ------------------------------------------------------------------------
@@ -468,7 +393,7 @@ class Checkpointer:
         if pipeline is None:
             return 0
         held = pipeline.capture_pool.allocated_nbytes + pipeline.pack_pool.allocated_nbytes
-        return held + (self._reference.nbytes if self._reference is not None else 0)
+        return held + self._increments.nbytes
 
     def raise_errors(self) -> None:
         """Raise what failed in the background since the last call, once (on_error="raise").
@@ -583,13 +508,22 @@ class Checkpointer:
         record, _ = read_commit(self._store, steps[-1])
         return read_manifests(self._store, record)[0].warm_start
 
-    def _open_pipeline(self) -> _Pipeline:
+    def _open_pipeline(self) -> Pipeline:
         """The threads and pools; started by the first save, so that readers stay light."""
         if self._pipeline is None:
-            self._pipeline = _Pipeline(self, self._store, self._options)
+            self._pipeline = Pipeline(
+                self._store,
+                self._options,
+                policy=self.strategy.policy,
+                cost=self.cost,
+                trace=self.trace,
+                warm_start=self._warm_start,
+                before_commit=self._before_commit,
+                after_attempt=self._after_attempt,
+            )
         return self._pipeline
 
-    def _connect(self, pipeline: _Pipeline) -> StoreError | None:
+    def _connect(self, pipeline: Pipeline) -> StoreError | None:
         """What the first save asks of the store; asked again at every save until it answers.
 
         Returns:
@@ -623,11 +557,11 @@ class Checkpointer:
                 hint="Give every start of a run a run_id of its own, the same on all its writers",
             )
 
-    def warm_start(self) -> dict[str, Any]:
+    def _warm_start(self) -> dict[str, Any]:
         """What a restart wants to know, kept in every manifest."""
         return {"cost": self.cost.to_json(), "profile": self.profile.to_json()}
 
-    def before_commit(self, attempt: Attempt) -> None:
+    def _before_commit(self, attempt: Attempt) -> None:
         """On writer 0, right before a record is published: damaged steps give way."""
         if not self._swept:
             self._swept = True
@@ -637,10 +571,10 @@ class Checkpointer:
             self._known.pop(step, None)
         self._passed_over = []
 
-    def after_attempt(self, attempt: Attempt) -> None:
+    def _after_attempt(self, attempt: Attempt) -> None:
         """When an attempt is committed or has failed; on the committer's thread."""
         if attempt.error is not None:
-            self._base_due = True
+            self._increments.break_chain()
             self._log_failure(attempt)
             return
         self._known[attempt.step] = Committed(
@@ -660,92 +594,6 @@ class Checkpointer:
             _log.error("old objects could not be removed: %s", error)
             with self._errors_lock:
                 self._background_errors.append(error)
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What the parts want to know of a `Checkpointer`'s arguments."""
-
-    max_host_nbytes: int
-    run_id: str
-    writer: int
-    stall_timeout_s: float
-    commit_timeout_s: float
-    lease_s: float
-    encode_threads: int
-    allocate: Allocate
-
-
-class _Pipeline:
-    """Pools and threads of a checkpointer that saves."""
-
-    def __init__(self, owner: Checkpointer, store: Store, options: _Options) -> None:
-        host_nbytes, stall_timeout_s = options.max_host_nbytes, options.stall_timeout_s
-        self.cost = owner.cost
-        self.buffer_nbytes = _buffer_nbytes(host_nbytes)
-        pack_nbytes = (PUTS_IN_FLIGHT + 1) * self.buffer_nbytes
-        coding_nbytes = CODING_BUFFERS * self.buffer_nbytes
-        self.capture_nbytes = host_nbytes - pack_nbytes - coding_nbytes
-        self.capture_pool = BufferPool(
-            self.buffer_nbytes, self.capture_nbytes, stall_timeout_s, options.allocate
-        )
-        self.pack_pool = BufferPool(self.buffer_nbytes, pack_nbytes, stall_timeout_s)
-        self.flush = FlushQueue(self._put, PUTS_IN_FLIGHT, host_nbytes)
-        self.encoder = Encoder(
-            policy=owner.strategy.policy,
-            cost=self.cost,
-            capture_pool=self.capture_pool,
-            pack_pool=self.pack_pool,
-            flush=self.flush,
-            threads=options.encode_threads,
-            max_coding_nbytes=coding_nbytes,
-        )
-        self.snapshotter = Snapshotter()
-        self.lease = LeaseKeeper(store, options.run_id, options.writer, options.lease_s)
-        self.committer = Committer(
-            store,
-            self.lease,
-            warm_start=owner.warm_start,
-            timeout_s=options.commit_timeout_s,
-            before_commit=owner.before_commit,
-            after=owner.after_attempt,
-            trace=owner.trace,
-        )
-        self._store = store
-        self._trace = owner.trace
-        self._in_flight = 0
-        self._lock = threading.Lock()
-
-    def _put(self, key: str, data: memoryview) -> None:
-        with self._lock:
-            self._in_flight += 1
-            at_begin = self._in_flight
-        begun_s = time.monotonic()
-        try:
-            self._store.put(key, data)
-        finally:
-            with self._lock:
-                at_end = self._in_flight
-                self._in_flight -= 1
-        self.cost.observe_write(len(data), time.monotonic() - begun_s, (at_begin + at_end) / 2)
-        step = int(key.split("/")[1].split("-")[0])
-        self._trace.add("flush", key.rsplit("/", 1)[1], step, begun_s, len(data))
-
-    def close(self, *, abandon: bool) -> None:
-        """End all threads; with `abandon` those that wait for the store are left behind."""
-        self.capture_pool.close()
-        self.pack_pool.close()
-        if not abandon:
-            self.snapshotter.close()
-            self.encoder.close()
-            self.flush.close()
-            self.committer.close(None)
-        self.lease.close(abandon=abandon)
-
-
-def _buffer_nbytes(host_nbytes: int) -> int:
-    """An even share of the bound, in pages, at most 32 MiB."""
-    return max(ALIGNMENT, min(MAX_BUFFER_NBYTES, host_nbytes // 16) // ALIGNMENT * ALIGNMENT)
 
 
 def _plain_json(metadata: Mapping[str, Any], step: int) -> dict[str, Any]:

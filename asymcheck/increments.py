@@ -1,0 +1,111 @@
+"""Which step may be an increment to which, and the predecessor's bytes that this takes.
+
+Holding the predecessor costs host memory of the size of the state, so it is done only where the
+policy would use it and `max_host_bytes` allows it; otherwise every step is stored in full.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+
+from asymcheck.attempt import Attempt
+from asymcheck.encode import MIN_CAPTURE_BUFFERS
+from asymcheck.pipeline import Pipeline
+from asymcheck.plan import Plan
+from asymcheck.policy import CompressionPolicy
+from asymcheck.reference import Reference
+
+_log = logging.getLogger("asymcheck")
+
+
+class Increments:
+    """Decides for each attempt, in order, whether it has a base; keeps the `Reference`.
+
+    Used on the training thread, but for `break_chain`.
+
+    Args:
+        policy: whether increments are wanted at all.
+        max_chain: an increment has at most so many steps below it.
+    """
+
+    def __init__(self, policy: CompressionPolicy, max_chain: int) -> None:
+        self.reference: Reference | None = None
+        self._policy = policy
+        self._max_chain = max_chain
+        self._last: Attempt | None = None
+        self._broken = False
+        self._dropped_in_use: threading.Event | None = None  # set when a dropped one is not read
+        self._warned_about: tuple[object, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held."""
+        return self.reference.nbytes if self.reference is not None else 0
+
+    def break_chain(self) -> None:
+        """The next attempt is a base: one failed, and those in flight on it will, too."""
+        self._broken = True
+
+    def forget(self) -> None:
+        """Nothing builds on what the reference holds: that step may be gone."""
+        if self.reference is not None:
+            self.reference.holds = None
+
+    def base_of(self, step: int, number: int, plan: Plan, pipeline: Pipeline) -> int | None:
+        """The step that attempt `number`, at `step`, may be an increment to; None for a base.
+
+        Bases stand at fixed numbers, so that the writers agree on them without talking.
+        """
+        base = self._predecessor(step, number, plan)
+        self._keep_reference(plan, pipeline)
+        return base.step if base is not None and self.reference is not None else None
+
+    def begun(self, attempt: Attempt) -> None:
+        """From now on the reference is filled with this attempt's bytes."""
+        self._last = attempt
+        if self.reference is not None:
+            self.reference.holds = attempt.name
+
+    def _predecessor(self, step: int, number: int, plan: Plan) -> Attempt | None:
+        last, reference = self._last, self.reference
+        broken, self._broken = self._broken, False
+        if broken or last is None or reference is None or number % (self._max_chain + 1) == 0:
+            return None
+        whole = reference.holds == last.name and reference.signature == plan.signature
+        return last if whole and last.error is None and last.step < step else None
+
+    def _keep_reference(self, plan: Plan, pipeline: Pipeline) -> None:
+        if self.reference is not None and self.reference.signature != plan.signature:
+            self.reference = None
+            self._dropped_in_use = self._last.encoded if self._last is not None else None
+        if self.reference is not None or self._max_chain == 0:
+            return
+        if not self._policy.wants_base(_nbytes_by_class(plan), pipeline.cost):
+            return
+        left = pipeline.capture_nbytes - plan.nbytes
+        if left < MIN_CAPTURE_BUFFERS * pipeline.buffer_nbytes:
+            self._warn(plan, pipeline)
+            return
+        pipeline.capture_pool.limit(left)
+        in_use = self._dropped_in_use is not None and not self._dropped_in_use.is_set()
+        if pipeline.capture_pool.allocated_nbytes <= left and not in_use:
+            self.reference = Reference(plan)  # else at a later step, when the memory is free
+
+    def _warn(self, plan: Plan, pipeline: Pipeline) -> None:
+        if self._warned_about != plan.signature:
+            self._warned_about = plan.signature
+            _log.warning(
+                "increments would pay, but the reference of %d bytes does not fit into "
+                "max_host_bytes beside %d bytes for capture: every step is stored in full",
+                plan.nbytes,
+                MIN_CAPTURE_BUFFERS * pipeline.buffer_nbytes,
+            )
+
+
+def _nbytes_by_class(plan: Plan) -> dict[tuple[str, str], int]:
+    totals: Counter[tuple[str, str]] = Counter()
+    for partition in plan.partitions:
+        totals.update(partition.nbytes_by_class)
+    return dict(totals)

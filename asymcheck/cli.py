@@ -118,7 +118,7 @@ class Command:
 def _ls(options: Options) -> int:
     with _open(options.url) as store:
         _newest(store)
-        listing = list_steps(store)
+        listing = list_steps(store, options.progress)
     options.show(listing)
     return GOOD if listing.good else BAD
 
@@ -179,8 +179,8 @@ def _gc(options: Options) -> int:
 def _stats(options: Options) -> int:
     values = options.flags
     with _open(options.url) as store:
-        newest = _step(store, values.step)
-        costs = run_costs(store, None if values.step is None else [newest])
+        _step(store, values.step)
+        costs = run_costs(store, values.step, options.progress)
     if values.plot is not None:
         plot_run(costs.steps, values.plot)
     options.show(costs)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from sample_run import STEPS, state_at, write_run
 
 import asymcheck
-from asymcheck.cli import COMMANDS, main
+from asymcheck.cli import COMMANDS, Command, _guarded, main
 from asymcheck.commit import commit_key
 from asymcheck.inspection.text import duration, printable, size, table
 from asymcheck.inspection.values import MAX_PIECE_SIZE, StatisticsBuilder, pieces
@@ -305,6 +307,24 @@ def test_verify_decodes_as_few_leaves_as_needed(run: Path, monkeypatch: pytest.M
     assert len(blocks) == expected
 
 
+def test_verify_in_small_batches(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asymcheck.inspection.verification._BATCH_NBYTES", 64 * 33 * 4)
+    assert verify(LocalStore(run), [10, 30]).good
+    flip_byte(packs(run, 10)[0])
+    assert [verdict.good for verdict in verify(LocalStore(run), [10, 30]).steps] == [False, False]
+
+
+def test_verify_names_every_damaged_manifest(call: Call, tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "v1" / "writers" / "run"
+    shutil.copytree(golden, tmp_path / "run")
+    first, second = sorted(tmp_path.glob("run/data/*1-golden*/*.manifest"))
+    flip_byte(first, 100)
+    second.unlink()
+    code, out, _ = call("verify", tmp_path / "run", "--step=2")
+    assert code == 1
+    assert out.count(first.name) == out.count(second.name) == 1
+
+
 # -- gc ----------------------------------------------------------------------------------------
 
 
@@ -463,6 +483,11 @@ def test_progress_only_on_request(call: Call, shared_run: Path) -> None:
     assert json.loads(out)
     assert "verifying step 40: 100 % of 16.6 KiB" in err
     assert call("verify", shared_run, "--json")[2] == ""
+    assert "reading records: 100 % of 4 steps" in call("ls", shared_run, "--progress")[2]
+    assert (
+        "reading records: 100 % of 1 step,"
+        in call("stats", shared_run, "--step=10", "--progress")[2]
+    )
 
 
 def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -517,6 +542,50 @@ def test_a_terminal_that_only_knows_ascii(tmp_path: Path) -> None:
     done = process("show", tmp_path / "run", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
     assert "gr\\xf6\\xdfe" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "asymcheck: interrupted\n"),
+        (RuntimeError("a bug"), 3, "Traceback"),
+        (MemoryError(), 3, "asymcheck: MemoryError\n"),
+    ],
+)
+def test_whatever_happens(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    broken = dataclasses.replace(COMMANDS["ls"], run=fail)
+    monkeypatch.setitem(cast("dict[str, Command]", COMMANDS), "ls", broken)
+    assert _guarded(["asymcheck", "ls", "x"]) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(message)
+
+
+def test_progress_on_a_terminal(shared_run: Path) -> None:
+    reading, writing = os.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "asymcheck", "verify", str(shared_run), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=writing,
+        check=False,
+        timeout=120,
+    )
+    os.close(writing)
+    shown = os.read(reading, 4096).decode()
+    os.close(reading)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["steps"][0]["good"]
+    assert "\r\x1b[Kverifying step 40: 100 %" in shown
+    assert shown.endswith("\r\x1b[K")  # and wiped away
 
 
 # -- the parts ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import msgspec
 from asymcheck.commit import committed_steps, read_commit, read_manifests
 from asymcheck.errors import CheckpointNotFoundError, CorruptionError, FormatError
 from asymcheck.inspection.listing import StepSummary, kind_of, summarise
+from asymcheck.inspection.progress import Progress, steps
 from asymcheck.inspection.text import duration, ratio, size, table
 from asymcheck.manifest import Manifest
 from asymcheck.stores.base import Store
@@ -93,29 +94,39 @@ class RunCosts:
         yield from table(heads, rows, "CODEC KIND DTYPE REASON")
 
 
-def run_costs(store: Store, steps: Sequence[int] | None = None) -> RunCosts:
-    """What the manifests of these steps (all by default) say about their cost.
+def run_costs(store: Store, only_step: int | None = None, progress: bool | None = None) -> RunCosts:
+    """What the manifests of all steps (or of one) say about their cost.
 
     Raises:
-        CheckpointNotFoundError: a step asked for does not exist.
+        CheckpointNotFoundError: the step asked for does not exist.
         StoreError: the store cannot be read.
     """
     costs: list[StepCosts] = []
     decisions: list[_Decision] = []
-    for step in committed_steps(store) if steps is None else steps:
-        try:
-            record, _ = read_commit(store, step)
-            manifests = read_manifests(store, record)
-            parts = [_stats(manifest) for manifest in manifests]
-        except CheckpointNotFoundError:
-            if steps is not None:
-                raise
-        except (CorruptionError, FormatError) as error:
-            costs.append(StepCosts(step, "damaged", problem=str(error)))
-        else:
-            costs.append(_costs(summarise(record, manifests, 0), parts))
-            decisions += (decision for part in parts for decision in part.decisions)
+    wanted = committed_steps(store) if only_step is None else [only_step]
+    with Progress("reading records", len(wanted), progress, steps) as done:
+        for step in wanted:
+            try:
+                found, made = _read(store, step)
+            except CheckpointNotFoundError:
+                if only_step is not None:
+                    raise
+                continue  # removed since the steps were listed
+            costs.append(found)
+            decisions += made
+            done.add(1)
     return RunCosts(store.url, costs, _summaries(decisions))
+
+
+def _read(store: Store, step: int) -> tuple[StepCosts, list[_Decision]]:
+    try:
+        record, _ = read_commit(store, step)
+        manifests = read_manifests(store, record)
+        parts = [_stats(manifest) for manifest in manifests]
+    except (CorruptionError, FormatError) as error:
+        return StepCosts(step, "damaged", problem=str(error)), []
+    costs = _costs(summarise(record, manifests, 0), parts)
+    return costs, [decision for part in parts for decision in part.decisions]
 
 
 def _stats(manifest: Manifest) -> _WriterStats:

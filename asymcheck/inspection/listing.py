@@ -10,6 +10,7 @@ from typing import Any
 
 from asymcheck.commit import CommitRecord, committed_steps, read_commit, read_manifests
 from asymcheck.errors import CheckpointNotFoundError, CorruptionError, FormatError
+from asymcheck.inspection.progress import Progress, steps
 from asymcheck.inspection.text import duration, ratio, shortened, size, table
 from asymcheck.manifest import Manifest, leaf_specs
 from asymcheck.stores.base import Store
@@ -59,15 +60,21 @@ class Listing:
                 yield f"step {step.step}: {step.problem}"
 
 
-def list_steps(store: Store) -> Listing:
+def list_steps(store: Store, progress: bool | None = None) -> Listing:
     """Describe every committed step from its records; no pack is read.
 
     Raises:
         StoreError: the store cannot be read.
     """
     now_s = time.time()
-    summaries = (_summary(store, step, now_s) for step in committed_steps(store))
-    return Listing(store.url, [summary for summary in summaries if summary is not None])
+    found = committed_steps(store)
+    summaries: list[StepSummary] = []
+    with Progress("reading records", len(found), progress, steps) as done:
+        for step in found:
+            summary = _summary(store, step, now_s)
+            summaries += [] if summary is None else [summary]
+            done.add(1)
+    return Listing(store.url, summaries)
 
 
 def _summary(store: Store, step: int, now_s: float) -> StepSummary | None:

@@ -122,17 +122,25 @@ def read_commit(store: Store, step: int) -> tuple[CommitRecord, str]:
         raise CheckpointNotFoundError("there is no such step", step=step, object=key) from None
     except (ObjectTooLongError, ShortReadError) as error:
         raise CorruptionError("the commit record cannot be whole", step=step, object=key) from error
-    record = unseal(data, "commit", CommitRecord, object=key)
+    try:
+        record = unseal(data, "commit", CommitRecord, object=key)
+        _check(record, step)
+    except (CorruptionError, FormatError) as error:
+        error.step, error.object = step, key
+        raise
+    return record, sha256(data)
+
+
+def _check(record: CommitRecord, step: int) -> None:
     if record.step != step:
         raise CorruptionError(
-            "the commit record is another step's", object=key, expected=step, found=record.step
+            "the commit record is another step's", expected=step, found=record.step
         )
     check_attempt(record.attempt)
     if (record.parent is None) != (record.depth == 0):
-        raise FormatError("the commit record's depth contradicts its parent", object=key)
+        raise FormatError("the commit record's depth contradicts its parent")
     if record.parent is not None and record.parent.step >= step:
-        raise FormatError("the parent is not an earlier step", object=key)
-    return record, sha256(data)
+        raise FormatError("the parent is not an earlier step")
 
 
 def read_manifests(store: Store, record: CommitRecord) -> list[Manifest]:

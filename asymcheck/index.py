@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,9 @@ from asymcheck.manifest import Block, CodecUse, Manifest, iterate_blocks, leaf_s
 from asymcheck.state import LeafSpec, ShardSpec
 from asymcheck.stores.base import Store
 
+MAX_CORNERS = 1 << 22
+"""Bound on the boxes of a leaf, times 2 for every dimension that they cut."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredBlock:
@@ -26,6 +31,11 @@ class StoredBlock:
     block: Block
     codec: Codec
     group: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Decoded bytes."""
+        return self.block.count * self.box.leaf.itemsize
 
 
 @dataclass(slots=True, eq=False)
@@ -149,7 +159,7 @@ def _box(index: StepIndex, spec: LeafSpec, offset: list[int], shape: list[int]) 
 
 def _check_cover(leaf: LeafIndex) -> None:
     boxes = [box for box in leaf.boxes.values() if box.shard.size > 0]
-    if sum(box.shard.size for box in boxes) != leaf.spec.size or _any_overlap(boxes):
+    if not _tile([box.shard for box in boxes], leaf.spec.shape):
         raise FormatError("the boxes of a leaf do not cover it exactly once", leaf=leaf.spec.path)
     for box in boxes:
         box.blocks.sort(key=lambda stored: (stored.block.start, stored.block.stop))
@@ -172,23 +182,31 @@ def _check_cover(leaf: LeafIndex) -> None:
             )
 
 
-def _any_overlap(boxes: Sequence[BoxIndex]) -> bool:
-    """Whether two boxes (each given once) share an element.
+def _tile(shards: Sequence[ShardSpec], shape: tuple[int, ...]) -> bool:
+    """Whether boxes within a leaf of that shape cover it exactly once.
 
-    A sweep along the dimension that is cut most often, so that few boxes are met at a time.
+    They do if and only if the sum of their indicator functions is that of the leaf. Such a sum
+    is determined by its mixed difference, which is +1 or -1 at each corner of each box: so the
+    corners must cancel, n * 2^k of them for n boxes that cut k dimensions.
     """
-    shards = [box.shard for box in boxes]
-    if len(shards) < 2:
-        return False
-    rank = len(shards[0].shape)
-    axis = max(range(rank), key=lambda d: len({shard.offset[d] for shard in shards}))
-    active: list[ShardSpec] = []
-    for shard in sorted(shards, key=lambda shard: shard.offset[axis]):
-        active = [a for a in active if a.offset[axis] + a.shape[axis] > shard.offset[axis]]
-        if any(intersect(a, shard) is not None for a in active):
-            return True
-        active.append(shard)
-    return False
+    if 0 in shape:
+        return True
+    cut = [d for d, n in enumerate(shape) if any(shard.shape[d] != n for shard in shards)]
+    if len(shards) << len(cut) > MAX_CORNERS:
+        raise FormatError("a leaf is cut into too many boxes along too many dimensions")
+    corners: Counter[tuple[int, ...]] = Counter()
+    for shard in shards:
+        _add_corners(corners, [(shard.offset[d], shard.shape[d]) for d in cut], 1)
+    _add_corners(corners, [(0, shape[d]) for d in cut], -1)
+    return not any(corners.values())
+
+
+def _add_corners(
+    corners: Counter[tuple[int, ...]], ranges: Sequence[tuple[int, int]], sign: int
+) -> None:
+    ends = [((start, 1), (start + length, -1)) for start, length in ranges]
+    for corner in itertools.product(*ends):
+        corners[tuple(at for at, _ in corner)] += sign * math.prod(s for _, s in corner)
 
 
 def intersect(a: ShardSpec, b: ShardSpec) -> ShardSpec | None:

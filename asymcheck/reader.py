@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import EllipsisType, TracebackType
@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from asymcheck import tree
 from asymcheck.commit import committed_steps
 from asymcheck.errors import CheckpointNotFoundError, CorruptionError, StateMismatchError
-from asymcheck.index import LeafIndex, StepIndex, load_chain
+from asymcheck.index import LeafIndex, StepIndex, StoredBlock, load_chain
 from asymcheck.reshard import Overlap, overlaps, within
 from asymcheck.restore import ChainReader, Want, newest_good
 from asymcheck.state import ArraySource, LeafSpec, ShardSpec, dtype_of, numpy_view
 from asymcheck.stores import open_store
 from asymcheck.stores.base import Store
+
+_BATCH_NBYTES = 64 << 20
 
 Index = SupportsIndex | slice | EllipsisType | tuple[Any, ...]
 
@@ -229,9 +231,8 @@ class Checkpoint(Mapping[str, LazyArray]):
                             object=pack.key,
                             expected=f"{pack.nbytes} bytes",
                         )
-        for path, spec in self.leaves.items():
-            out = np.empty(spec.nbytes, np.uint8)
-            self.read_into({path: Destination(ShardSpec.whole(spec.shape), out)})
+        for batch in _batches(self._chain[0].blocks()):
+            self._reader.read([_whole(stored) for stored in batch])
 
     def close(self) -> None:
         """Release the store."""
@@ -247,6 +248,25 @@ class Checkpoint(Mapping[str, LazyArray]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _batches(blocks: Iterable[StoredBlock]) -> Iterator[list[StoredBlock]]:
+    """Blocks that are decoded together when nobody wants to keep the bytes."""
+    batch: list[StoredBlock] = []
+    nbytes = 0
+    for stored in blocks:
+        batch.append(stored)
+        nbytes += stored.nbytes
+        if nbytes >= _BATCH_NBYTES:
+            yield batch
+            batch, nbytes = [], 0
+    yield batch
+
+
+def _whole(stored: StoredBlock) -> Want:
+    block, box = stored.block, stored.box
+    out = np.empty(stored.nbytes, np.uint8)
+    return Want(box.leaf.path, box.shard, block.start, block.stop, out)
 
 
 def _want(

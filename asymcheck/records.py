@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from typing import Any, TypeVar
 
@@ -71,7 +72,10 @@ def sha256(data: bytes) -> str:
 def _parse(body: bytes, as_type: type[T], object: str) -> T:
     try:
         plain = json.loads(
-            body, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+            body.decode("ascii"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
         return msgspec.convert(plain, as_type, strict=True)
     except (ValueError, RecursionError) as error:
@@ -83,6 +87,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         raise ValueError("an object has the same member twice")
     return members
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large for a float64")
+    return number
 
 
 def _refuse_constant(name: str) -> Any:

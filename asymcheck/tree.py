@@ -8,6 +8,7 @@ structure constructs only the types listed here.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ Node = Any
 """A JSON value that follows the node grammar of docs/format.md."""
 
 MAX_DEPTH = 64
+_glimpse = reprlib.Repr()
+_glimpse.maxstring = 80
 ROOT_PATH = "~"
 
 _MAPPINGS: dict[str, Callable[[list[tuple[Any, Any]]], dict[Any, Any]]] = {
@@ -296,4 +299,5 @@ def _is_dict(node: Node) -> bool:
 
 
 def _s(node: Node) -> str:
-    return repr(node)[:80]
+    """A glimpse of a node, however large and deep it is."""
+    return _glimpse.repr(node)[:80]

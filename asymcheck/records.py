@@ -1,7 +1,8 @@
 """Sealed JSON: how manifests and commit records lie in the store.
 
-One header line, `asymcheck <kind> <version> <sha256 of the body> <length of the body>\\n`, then
-the body, a JSON object in ASCII. The header is read and checked before anything is parsed.
+One header line, `asymcheck <kind> <version> <sha256> <length of the body>\\n`, then the body, a
+JSON object in ASCII. The digest covers `asymcheck <kind> <version> ` and the body. The header is
+checked before anything is parsed, so that another version is told from a damaged one.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ def seal(kind: str, body: Any) -> bytes:
     """The stored form of a record; the same body gives the same bytes."""
     plain = msgspec.to_builtins(body)
     text = json.dumps(plain, separators=(",", ":"), allow_nan=False).encode("ascii")
-    header = f"asymcheck {kind} {FORMAT_VERSION} {sha256(text)} {len(text)}\n"
-    return header.encode("ascii") + text
+    return header(kind, FORMAT_VERSION, text) + text
+
+
+def header(kind: str, version: int, body: bytes) -> bytes:
+    """The header line of a record; its digest covers kind and version as well as the body."""
+    start = f"asymcheck {kind} {version} ".encode("ascii")
+    return start + f"{sha256(start + body)} {len(body)}\n".encode("ascii")
 
 
 def unseal(data: bytes, kind: str, as_type: type[T], *, object: str) -> T:
@@ -45,6 +51,15 @@ def unseal(data: bytes, kind: str, as_type: type[T], *, object: str) -> T:
         raise CorruptionError(
             f"the object is no sealed {kind} record", object=object, found=repr(data[:24])
         )
+    body = data[match.end() :]
+    expected = header(kind, int(match[2]), body)
+    if match[0] != expected:
+        raise CorruptionError(
+            f"the {kind} record is not the one that was sealed",
+            object=object,
+            expected=f"the header {match[0].decode()!r}",
+            found=f"content of the header {expected.decode()!r}",
+        )
     if int(match[2]) != FORMAT_VERSION:
         raise UnsupportedVersionError(
             f"the {kind} record is of another format version",
@@ -52,14 +67,6 @@ def unseal(data: bytes, kind: str, as_type: type[T], *, object: str) -> T:
             expected=FORMAT_VERSION,
             found=int(match[2]),
             hint="Read it with the AsymCheck version that wrote it, or a later one",
-        )
-    body = data[match.end() :]
-    if len(body) != int(match[4]) or sha256(body) != match[3].decode():
-        raise CorruptionError(
-            f"the body of the {kind} record is not the one that was sealed",
-            object=object,
-            expected=f"{int(match[4])} bytes, sha256 {match[3].decode()[:16]}...",
-            found=f"{len(body)} bytes, sha256 {sha256(body)[:16]}...",
         )
     return _parse(body, as_type, object)
 

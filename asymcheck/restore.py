@@ -28,6 +28,7 @@ from asymcheck.errors import (
     FormatError,
     ObjectNotFoundError,
     ShortReadError,
+    UnsupportedVersionError,
 )
 from asymcheck.index import BoxIndex, StepIndex, StoredBlock
 from asymcheck.state import ShardSpec, dtype_of
@@ -246,8 +247,8 @@ def newest_good(
     """`attempt(step)` for the newest committed step for which it does not find damage.
 
     Steps that turn out damaged are reported to `damaged` and to the log, and passed over. Any
-    other failure (the store is unavailable, the target does not match) is raised: it says nothing
-    about the step.
+    other failure (the store is unavailable, the target does not match, the step was written by a
+    later version) is raised: it says nothing of damage.
 
     Raises:
         CheckpointNotFoundError: no committed step is good; the damage of the newest is chained.
@@ -256,6 +257,8 @@ def newest_good(
     for step in reversed(committed_steps(store)):
         try:
             return attempt(step)
+        except UnsupportedVersionError:
+            raise  # whole, but not for this reader: an older step would silently undo newer ones
         except (CorruptionError, FormatError, CheckpointNotFoundError) as error:
             _log.error("step %d cannot be restored, trying an older one: %s", step, error)
             damaged(step, error)

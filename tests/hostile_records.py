@@ -13,7 +13,7 @@ from writers_oracle import Cloud, Connection
 from asymcheck import Always, Checkpointer, CostModel, Strategy
 from asymcheck.commit import commit_key
 from asymcheck.manifest import manifest_key
-from asymcheck.records import sha256
+from asymcheck.records import header, sha256
 
 Objects = dict[str, bytes]
 Json = dict[str, Any]
@@ -69,7 +69,7 @@ def body_of(sealed: bytes) -> bytes:
 
 
 def sealed(kind: str, body: bytes, version: int = 1) -> bytes:
-    return f"asymcheck {kind} {version} {sha256(body)} {len(body)}\n".encode() + body
+    return header(kind, version, body) + body
 
 
 def encoded(document: object) -> bytes:

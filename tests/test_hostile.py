@@ -84,7 +84,12 @@ def refused(objects: Objects, step: int = TARGET) -> AsymCheckError:
         with pytest.raises(AsymCheckError):
             open_step(store_of(objects), step, threads=1).verify()
         checkpointer = checkpointer_over(objects)
-        assert same(checkpointer.restore(), honest_state(BASE))
+        if isinstance(raised.value, UnsupportedVersionError):
+            # Not damage: an older step must not take the place of one that a later version wrote.
+            with pytest.raises(UnsupportedVersionError):
+                checkpointer.restore()
+        else:
+            assert same(checkpointer.restore(), honest_state(BASE))
     assert raised.value.step is not None or raised.value.object is not None
     return raised.value
 

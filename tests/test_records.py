@@ -13,7 +13,7 @@ from states import TEXT
 
 from asymcheck.errors import AsymCheckError, CorruptionError, FormatError, UnsupportedVersionError
 from asymcheck.manifest import Record
-from asymcheck.records import FORMAT_VERSION, seal, sha256, unseal
+from asymcheck.records import FORMAT_VERSION, header, seal, unseal
 
 
 class Example(Record):
@@ -24,7 +24,7 @@ class Example(Record):
 
 def sealed_text(text: str, kind: str = "example", version: int = FORMAT_VERSION) -> bytes:
     body = text.encode()
-    return f"asymcheck {kind} {version} {sha256(body)} {len(body)}\n".encode() + body
+    return header(kind, version, body) + body
 
 
 def opened(data: bytes) -> Example:

@@ -26,7 +26,22 @@ import numpy as np
 import pytest
 from sample_run import state_at, write_run
 
+from asymcheck.codecs import _CODECS, codec_by_name
+from asymcheck.commit import MAX_CHAIN, MAX_COMMIT_NBYTES
+from asymcheck.index import MAX_CORNERS
+from asymcheck.manifest import (
+    MAX_BLOCK_NBYTES,
+    MAX_LEAF_NBYTES,
+    MAX_MANIFEST_NBYTES,
+    MAX_RANK,
+    MAX_STEP,
+    MAX_TEXT,
+    MAX_WRITERS,
+)
 from asymcheck.policy import Never
+from asymcheck.state import DTYPES
+from asymcheck.stores.base import MAX_KEY_LENGTH
+from asymcheck.tree import MAX_DEPTH
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -150,6 +165,69 @@ def test_the_reader_of_the_specification_reads_all_leaves(
     pack.write_bytes(bytes(pack.stat().st_size))
     with pytest.raises(AssertionError):
         read(Path("runs/a"), 20, "params/weight")
+
+
+def section(number: int) -> str:
+    """A section of the specification."""
+    text = (ROOT / "docs" / "format.md").read_text()
+    return re.split(r"^## \d+\. ", text, flags=re.MULTILINE)[number]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    rows = [
+        line.strip("|").split(" | ")
+        for line in text.splitlines()
+        if line.startswith("| ") and "---" not in line
+    ]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_the_specification_lists_the_dtypes_of_the_code() -> None:
+    found = {
+        name: int(nbytes)
+        for nbytes, names in table_rows(section(8))[1:]
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    assert found == {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+
+def test_the_specification_lists_the_codecs_of_the_code() -> None:
+    ids = [row[0].strip("`") for row in table_rows(section(9)) if len(row) == 4][1:]
+    assert sorted(ids) == sorted(_CODECS)
+    for row in table_rows(section(9))[1 : len(ids) + 1]:
+        codec = codec_by_name(row[0].strip("`"))
+        parameters = re.findall(r"`(\w+)`", row[1])
+        assert parameters == sorted(codec.params)
+        assert (row[2], row[3]) == (_yes(codec.needs_base), _yes(codec.lossy))
+    assert not any(codec_by_name(id).joint for id in ids)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def test_the_specification_has_the_limits_of_the_code() -> None:
+    limits = dict(row for row in table_rows(section(17)) if len(row) == 2)
+    power = "2^{}".format
+    assert limits == {
+        "what": "limit",
+        "step, and every *integer*": f"{power((MAX_STEP + 1).bit_length() - 1)} − 1",
+        "commit record": f"{power(MAX_COMMIT_NBYTES.bit_length() - 1)} bytes",
+        "manifest": f"{power(MAX_MANIFEST_NBYTES.bit_length() - 1)} bytes",
+        "lease, abort": "2^12, 2^16 bytes",
+        "writers": power(MAX_WRITERS.bit_length() - 1),
+        "depth of a chain": str(MAX_CHAIN),
+        "nesting of the structure": str(MAX_DEPTH),
+        "dimensions of a leaf": str(MAX_RANK),
+        "boxes of a leaf, times 2 for every dimension in which they cut it": power(
+            MAX_CORNERS.bit_length() - 1
+        ),
+        "bytes of a leaf, taking lengths of 0 as 1": power(MAX_LEAF_NBYTES.bit_length() - 1),
+        "decoded bytes of a block": power(MAX_BLOCK_NBYTES.bit_length() - 1),
+        "payload of a block": "2 × decoded bytes + 4096",
+        "path, alias": f"{MAX_TEXT} characters",
+        "codec id; key": f"64; {MAX_KEY_LENGTH} characters",
+    }
 
 
 def test_links_lead_somewhere() -> None:

@@ -35,7 +35,7 @@ class Increments:
         self._policy = policy
         self._max_chain = max_chain
         self._last: Attempt | None = None
-        self._broken = False
+        self._broken = threading.Event()
         self._dropped_in_use: threading.Event | None = None  # set when a dropped one is not read
         self._warned_about: tuple[object, ...] | None = None
 
@@ -46,7 +46,7 @@ class Increments:
 
     def break_chain(self) -> None:
         """The next attempt is a base: one failed, and those in flight on it will, too."""
-        self._broken = True
+        self._broken.set()
 
     def forget(self) -> None:
         """Nothing builds on what the reference holds: that step may be gone."""
@@ -70,8 +70,10 @@ class Increments:
 
     def _predecessor(self, step: int, number: int, plan: Plan) -> Attempt | None:
         last, reference = self._last, self.reference
-        broken, self._broken = self._broken, False
-        if broken or last is None or reference is None or number % (self._max_chain + 1) == 0:
+        if self._broken.is_set():
+            self._broken.clear()  # what is set from here on is about attempts before this base
+            return None
+        if last is None or reference is None or number % (self._max_chain + 1) == 0:
             return None
         whole = reference.holds == last.name and reference.signature == plan.signature
         return last if whole and last.error is None and last.step < step else None

@@ -47,14 +47,14 @@ class ManifestRef(Record):
 
     key: Annotated[str, Meta(max_length=512)]
     nbytes: Annotated[int, Meta(ge=0, le=MAX_MANIFEST_NBYTES)]
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class ParentRef(Record):
     """The step that an increment decodes from: its number and the digest of its commit record."""
 
     step: Annotated[int, Meta(ge=0, le=MAX_STEP)]
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class CommitRecord(Record):
@@ -183,8 +183,9 @@ def _read_manifest(store: Store, record: CommitRecord, writer: int) -> Manifest:
 
 
 def retire(store: Store, step: int) -> None:
-    """Take a damaged step out of the way: its record moves to `damaged/`, its data stay.
+    """Take a damaged step out of the way: its record moves to `damaged/`.
 
+    Its data stay until orphans are collected, at the next start of the run or by `asymcheck gc`.
     The number can then be written again. A crash in between leaves the step as it was, or gone.
     Nothing to do if there is no such step any more.
     """

@@ -13,6 +13,7 @@ from typing import Any
 from asymcheck import tree
 from asymcheck.codecs import codec_from_manifest
 from asymcheck.codecs.base import Codec
+from asymcheck.codecs.raw import RawCodec
 from asymcheck.commit import CommitRecord, read_commit, read_manifests
 from asymcheck.errors import CheckpointNotFoundError, CodecError, CorruptionError, FormatError
 from asymcheck.manifest import Block, CodecUse, Manifest, iterate_blocks, leaf_specs
@@ -119,14 +120,37 @@ def merge(record: CommitRecord, sha256: str, manifests: list[Manifest]) -> StepI
     index = StepIndex(record, sha256, manifests, structure, {}, {})
     for manifest in manifests:
         _add(index, manifest)
+    _check_aliases(index)
     for leaf in index.leaves.values():
         _check_cover(leaf)
     missing = tree.leaf_paths(structure) - index.leaves.keys()
     if missing:
         raise FormatError("the structure names leaves that no manifest holds", leaf=min(missing))
-    if any(b.codec.needs_base for b in index.blocks()) and record.parent is None:
-        raise FormatError("a block needs a base, but the commit record names no parent")
+    _check_base(index)
     return index
+
+
+def _check_aliases(index: StepIndex) -> None:
+    """One path, one leaf: a writer's alias must not be another writer's leaf."""
+    paths = Counter(index.leaves.keys())
+    for leaf in index.leaves.values():
+        paths.update(leaf.aliases)
+    path, count = max(paths.items(), key=lambda item: item[1], default=("", 0))
+    if count > 1:
+        raise FormatError("a path stands for two leaves", leaf=path)
+
+
+def _check_base(index: StepIndex) -> None:
+    parent = None if index.record.parent is None else index.record.parent.step
+    bases = {m.base_step for m in index.manifests if m.base_step is not None}
+    if bases - {parent}:
+        raise FormatError(
+            "a manifest names another base than the commit record",
+            expected=f"step {parent}",
+            found=f"steps {sorted(bases)}",
+        )
+    if parent is None and any(stored.codec.needs_base for stored in index.blocks()):
+        raise FormatError("a block needs a base, but the commit record names no parent")
 
 
 def _add(index: StepIndex, manifest: Manifest) -> None:
@@ -140,6 +164,10 @@ def _add(index: StepIndex, manifest: Manifest) -> None:
     for block in iterate_blocks(manifest):
         group = (manifest.writer, block.group)
         stored = StoredBlock(boxes[block.shard], block, codecs[block.codec], group)
+        if (stored.codec.id == RawCodec.id) != (block.raw == ""):
+            raise FormatError(
+                "a block has a second digest exactly if it is coded", leaf=stored.box.leaf.path
+            )
         stored.box.blocks.append(stored)
         if stored.codec.joint:
             index.groups.setdefault(group, []).append(stored)

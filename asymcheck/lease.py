@@ -30,7 +30,7 @@ from asymcheck.stores import process_identity
 from asymcheck.stores.base import Store
 
 _log = logging.getLogger("asymcheck")
-_KEY = re.compile(r"runs/([0-9a-z]{1,32})/w[0-9]{5}-[0-9]{8}\.json")
+_KEY = re.compile(r"runs/([0-9a-z]{1,32})/w[0-9]{5,6}-[0-9]{8}\.json")
 _MAX_LEASE_NBYTES = 4096
 
 

@@ -63,7 +63,8 @@ def manifest_of(
     """One writer's manifest of one leaf, stored in those parts."""
     blocks = Blocks()
     for i, (_, start, count) in enumerate(parts):
-        row = [i, start, count, 0, i, 0, sum(blocks.nbytes), count, "0" * 32, "0" * 32]
+        row = [i, start, count, 0, i, 0, sum(blocks.nbytes), count, "0" * 32]
+        row.append("" if codec == "raw" else "0" * 32)
         for name, value in zip(Blocks.__struct_fields__, row, strict=True):
             getattr(blocks, name).append(value)
     nbytes = sum(blocks.nbytes)
@@ -382,3 +383,31 @@ def test_only_names_of_steps_are_steps(store: MemoryStore) -> None:
     for name in ("latest", "2.json", "0000000000000003.json.tmp", "x/0000000000000003.json"):
         store.objects[f"commits/{name}"] = b""
     assert committed_steps(store) == [2]
+
+
+def test_an_alias_must_not_be_another_writers_leaf() -> None:
+    """A reader would take one leaf for the other."""
+    box = ShardSpec.whole((4,))
+    structure = {"dict": [["w", {"leaf": "w"}], ["v", {"leaf": "w"}]]}
+    first = manifest_of([whole(box)], (4,), writers=2, structure=structure, aliases=["v"])
+    second = manifest_of([whole(box)], (4,), writer=1, writers=2, structure=structure, leaf="v")
+    with pytest.raises(FormatError, match="a path stands for two leaves"):
+        merge(record_of(), "", [first, second])
+
+
+def test_a_manifest_must_name_the_commit_records_base() -> None:
+    box = ShardSpec.whole((4,))
+    manifest = manifest_of([whole(box)], (4,), codec="delta")
+    manifest.base_step = 3
+    with pytest.raises(FormatError, match="another base"):
+        merge(record_of(parent=ParentRef(4, "0" * 64), depth=1), "", [manifest])
+    merge(record_of(parent=ParentRef(3, "0" * 64), depth=1), "", [manifest])
+
+
+def test_a_raw_block_has_one_digest_and_a_coded_one_two() -> None:
+    box = ShardSpec.whole((4,))
+    for codec, raw in (("raw", "0" * 32), ("plane", "")):
+        manifest = manifest_of([whole(box)], (4,), codec=codec)
+        manifest.blocks.raw[0] = raw
+        with pytest.raises(FormatError, match="second digest"):
+            merge(record_of(), "", [manifest])

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from asymcheck.attempt import Attempt, Row
 from asymcheck.buffers import Buffer, BufferPool
-from asymcheck.codecs import codec_by_name
+from asymcheck.codecs import codec_by_name, warm_up
 from asymcheck.codecs.base import Codec, Column
 from asymcheck.cost import CostModel
 from asymcheck.flush import FlushQueue
 from asymcheck.pack import OpenPack, PackBuilder, Slot
 from asymcheck.plan import Unit
-from asymcheck.policy import CompressionPolicy, Decision, PolicyRequest
+from asymcheck.policy import CompressionPolicy, Decision, Never, PolicyRequest
 from asymcheck.reference import Reference
 from asymcheck.state import dtype_of
 from asymcheck.threads import run_at_low_priority
@@ -138,6 +138,8 @@ class Encoder:
         self._decisions: dict[tuple[str, str], Decision] = {}
         self._decided_partition = -1
         self._packer.start()
+        if not isinstance(policy, Never):
+            self._executor.submit(warm_up)
 
     # -- on the side of capture ------------------------------------------------------------
 

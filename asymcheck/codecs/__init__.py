@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from asymcheck.codecs.base import Codec, Column, JsonValue
 from asymcheck.codecs.delta import DeltaCodec
 from asymcheck.codecs.plane import PlaneCodec
@@ -23,6 +25,7 @@ __all__ = [
     "ZstdCodec",
     "codec_by_name",
     "codec_from_manifest",
+    "warm_up",
 ]
 
 _CODECS: dict[str, Callable[..., Codec]] = {
@@ -61,3 +64,15 @@ def codec_from_manifest(id: str, params: Mapping[str, JsonValue]) -> Codec:
             f"wrong parameters of codec {id!r}", expected=expected, found=sorted(params)
         )
     return _CODECS[id](**params)
+
+
+def warm_up() -> None:
+    """Load what the codecs for the common dtypes take, and compile it where that is still to do.
+
+    It takes tenths of a second, part of it with the GIL held: better at the start of training than
+    in the middle of a step.
+    """
+    for dtype in (np.dtype(np.uint16), np.dtype(np.uint32)):
+        zeros = np.zeros(16 * dtype.itemsize, np.uint8)
+        for codec in (PlaneCodec(), DeltaCodec()):
+            codec.encode([Column("", dtype, zeros, zeros)])

@@ -33,13 +33,16 @@ WINDOWS = [Window(Phase.FORWARD, i, 1.0) for i in range(3)]
 
 
 class GivenCosts(CostModel):
-    """Costs of a store that takes so many seconds per byte, whatever is measured later."""
+    """Costs of a store that takes so many seconds a put and a byte, whatever is measured later."""
 
-    def __init__(self, write_s_per_byte: float) -> None:
+    def __init__(
+        self, write_s_per_byte: float, put_s: float = 0.0, copy_s_per_byte: float = 1e-10
+    ) -> None:
         super().__init__()
-        for nbytes in (1 << 12, 1 << 20, 1 << 23):
-            for _ in range(20):
-                super().observe_write(nbytes, nbytes * write_s_per_byte, 1)
+        for _ in range(20):
+            for nbytes in (1 << 12, 1 << 20, 1 << 23):
+                super().observe_write(nbytes, put_s + nbytes * write_s_per_byte, 1)
+                super().observe("copy", nbytes, nbytes * copy_s_per_byte)
 
     def observe(self, key: str, nbytes: int, seconds: float) -> None:
         pass

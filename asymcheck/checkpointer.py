@@ -26,6 +26,7 @@ from asymcheck.errors import (
     FormatError,
     StepExistsError,
     StoreError,
+    StoreFullError,
     UnsupportedStateError,
 )
 from asymcheck.idle import IdleProfile
@@ -534,15 +535,29 @@ class Checkpointer:
         try:
             self._known = survey(self._store)
             self._check_run_id()
-            pipeline.lease.ensure()
+            self._hold_lease(pipeline)
             self._connected = True
-            if not self._calibrated:
-                calibrate_writes(self._store, self._run_id, self._writer, pipeline.cost)
         except StoreError as error:
             if self._on_error == "raise":
                 raise
             return error
+        self._calibrate(pipeline)
         return None
+
+    def _hold_lease(self, pipeline: Pipeline) -> None:
+        try:
+            pipeline.lease.ensure()
+        except StoreFullError:
+            self._sweep()  # perhaps it is full of what torn runs left
+            pipeline.lease.ensure()
+
+    def _calibrate(self, pipeline: Pipeline) -> None:
+        if self._calibrated:
+            return
+        try:
+            calibrate_writes(self._store, self._run_id, self._writer, pipeline.cost)
+        except StoreError as error:  # there may be room for a state, but not for the probes
+            _log.warning("the store's speed could not be measured: %s", error)
 
     def _check_run_id(self) -> None:
         """Objects of an earlier run of that name would be taken for this one's."""
@@ -563,9 +578,7 @@ class Checkpointer:
 
     def _before_commit(self, attempt: Attempt) -> None:
         """On writer 0, right before a record is published: damaged steps give way."""
-        if not self._swept:
-            self._swept = True
-            self._tidy(lambda: collect_orphans(self._store))
+        self._sweep()
         for step in self._passed_over:
             retire(self._store, step)
             self._known.pop(step, None)
@@ -576,12 +589,19 @@ class Checkpointer:
         if attempt.error is not None:
             self._increments.break_chain()
             self._log_failure(attempt)
+            self._sweep()  # perhaps there was no room
             return
         self._known[attempt.step] = Committed(
             attempt.step, attempt.name, attempt.base_step if attempt.used_base else None
         )
         if self._writer == 0 and self._retention.max_to_keep is not None:
             self._tidy(lambda: self._apply_retention(attempt.step))
+
+    def _sweep(self) -> None:
+        """Once in a run, on writer 0: collect what torn runs left."""
+        if self._writer == 0 and not self._swept:
+            self._swept = True
+            self._tidy(lambda: collect_orphans(self._store))
 
     def _apply_retention(self, newest: int) -> None:
         self._known = apply(self._store, self._retention, self._known, in_use=[newest])

@@ -34,6 +34,8 @@ from asymcheck.errors import (
     FormatError,
     ObjectNotFoundError,
     StepExistsError,
+    StoreFullError,
+    StorePermissionError,
 )
 from asymcheck.index import merge
 from asymcheck.lease import LeaseKeeper
@@ -46,6 +48,7 @@ from asymcheck.manifest import (
     parse_manifest,
     seal_manifest,
 )
+from asymcheck.plan import Plan
 from asymcheck.records import seal, sha256, unseal
 from asymcheck.stores.base import Store
 from asymcheck.threads import run_at_low_priority
@@ -98,6 +101,7 @@ class Committer:
         self._before_commit = before_commit
         self._after = after
         self._trace = trace
+        self._checked_plan: Plan | None = None  # alone, the same plan gives the same cover
         self._last: tuple[CommitRecord, str] | None = None  # what the next increment builds on
         self._attempts: SimpleQueue[Attempt | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="asymcheck-commit", daemon=True)
@@ -149,9 +153,18 @@ class Committer:
                 step=attempt.step,
                 expected=f"step {attempt.base_step} committed before",
             )
-        sealed = seal_manifest(attempt.manifest(self._warm_start()))
+        if len(attempt.rows) != attempt.plan.block_count:
+            raise CommitError(
+                "blocks of the step are missing",
+                step=attempt.step,
+                expected=f"{attempt.plan.block_count} blocks",
+                found=len(attempt.rows),
+            )
+        own = attempt.manifest(self._warm_start())
+        sealed = seal_manifest(own)
         key = manifest_key(attempt.step, attempt.name, attempt.writer)
-        own = parse_manifest(sealed, object=key)  # nothing is stored that a reader would refuse
+        if attempt.writers > 1 or attempt.plan is not self._checked_plan:
+            own = parse_manifest(sealed, object=key)  # nothing is stored that nobody could read
         attempt.published = attempt.writer != 0  # from here on writer 0 decides, unseen from here
         self._store.put(key, memoryview(sealed))
         if attempt.writer != 0:
@@ -166,7 +179,9 @@ class Committer:
             refs.append(_ref(attempt, writer, data))
             manifests.append(parse_manifest(data, object=refs[-1].key))
         record = self._record(attempt, manifests, refs)
-        merge(record, "", manifests)  # raises unless everything is covered exactly once
+        if attempt.writers > 1 or attempt.plan is not self._checked_plan:
+            merge(record, "", manifests)  # raises unless everything is covered exactly once
+            self._checked_plan = attempt.plan
         self._before_commit(attempt)
         sealed_record = seal_commit(record)
         self._lease.check(attempt.begun_s)
@@ -175,6 +190,9 @@ class Committer:
             publish(self._store, attempt.step, sealed_record)
         except StepExistsError:
             attempt.published = False
+            raise
+        except (StoreFullError, StorePermissionError):  # refused, not lost on the way
+            attempt.published = self._get(commit_key(attempt.step), MAX_COMMIT_NBYTES) is not None
             raise
         return record, sha256(sealed_record)
 

@@ -201,11 +201,12 @@ class Encoder:
             rest.release()
         self._items.put(_Mark(attempt, last=True))
 
-    def close(self) -> None:
-        """Finish what was placed and end the threads."""
+    def close(self, *, abandon: bool = False) -> None:
+        """Finish what was placed and end the threads; with `abandon` do not wait for that."""
         self._items.put(None)
-        self._packer.join()
-        self._executor.shutdown()
+        if not abandon:
+            self._packer.join()
+        self._executor.shutdown(wait=not abandon)
 
     def _decide(self, attempt: Attempt, partition: int) -> None:
         self._decided_partition = partition

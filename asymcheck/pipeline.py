@@ -131,14 +131,14 @@ class Pipeline:
         self._trace.add("flush", key.rsplit("/", 1)[1], step, begun_s, len(data))
 
     def close(self, *, abandon: bool) -> None:
-        """End all threads; with `abandon` those that wait for the store are left behind."""
+        """End all threads; with `abandon` those that wait for the store end if it lets them."""
+        timeout_s = 0.0 if abandon else None
         self.capture_pool.close()
         self.pack_pool.close()
-        if not abandon:
-            self.snapshotter.close()
-            self.encoder.close()
-            self.flush.close()
-            self.committer.close(None)
+        self.snapshotter.close()
+        self.encoder.close(abandon=abandon)
+        self.flush.close(timeout_s)
+        self.committer.close(timeout_s)
         self.lease.close(abandon=abandon)
 
 

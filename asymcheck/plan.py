@@ -55,6 +55,7 @@ class Plan:
     owned: tuple[tuple[int, int], ...]
     partitions: tuple[PartitionPlace, ...]
     units: tuple[Unit, ...]
+    block_count: int
 
 
 def signature_of(
@@ -108,6 +109,7 @@ def make_plan(
             for p in schedule.partitions
         ),
         units=tuple(units),
+        block_count=sum(len(unit.sources) for unit in units),
     )
 
 

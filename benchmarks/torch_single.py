@@ -34,6 +34,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
+import asymcheck
 import asymcheck_torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -65,7 +66,8 @@ class NoCheckpoints:
         """Seconds for which the call after the optimizer's step held up training."""
         return 0.0
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, timed: range) -> dict[str, Any]:
+        """Results of the checkpoints of the timed steps; waits until all are durable."""
         return {}
 
 
@@ -143,7 +145,7 @@ class Rival(NoCheckpoints):
             self._pending.result()
             self._pending = None
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, timed: range) -> dict[str, Any]:
         self._wait()
         stored = sum(f.stat().st_size for f in self._saved[-1].rglob("*") if f.is_file())
         if self._stager is not None:
@@ -164,14 +166,15 @@ class Ours(NoCheckpoints):
             max_host_bytes=args.max_host_bytes,
         )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, timed: range) -> dict[str, Any]:
         self._checkpointer.wait()
-        stalls = list(self._checkpointer.stall_s.values())[1:]
+        stalls = dict(self._checkpointer.stall_s)
         host = self._checkpointer.checkpointer.host_nbytes
         self._checkpointer.close()
-        stats = newest_stats(self._args.directory)
+        saved = [step for step in timed if step % self._args.every == 0]
+        stats = stats_of(self._args.directory, saved[-1])
         return {
-            "stall_s": stalls,
+            "stall_s": [stalls[step] for step in saved],
             "durable_s": [stats["durable_after_s"]],
             "stored": stats["stored_nbytes"],
             "in_window": stats["in_window_nbytes"] / stats["raw_nbytes"],
@@ -181,10 +184,8 @@ class Ours(NoCheckpoints):
         }
 
 
-def newest_stats(directory: Path) -> dict[str, Any]:
-    import asymcheck
-
-    with asymcheck.open_checkpoint(directory) as checkpoint:
+def stats_of(directory: Path, step: int) -> dict[str, Any]:
+    with asymcheck.open_checkpoint(directory, step) as checkpoint:
         return checkpoint.chain[0].manifests[0].stats
 
 
@@ -275,15 +276,14 @@ def run_variant(args: argparse.Namespace) -> None:
         checkpoints = Ours(args, model, optimizer)
     else:
         checkpoints = Rival(args, model, optimizer)
-    steps = range(1, args.every + args.steps + 1)
-    for step in steps[: args.every]:  # the first checkpoint starts processes and touches memory
+    for step in range(1, args.every + 1):  # the first checkpoint starts processes, touches memory
         one_step(model, optimizer, batch, checkpoints, step)
+    timed = range(args.every + 1, args.every + args.steps + 1)
     begun_s = time.perf_counter()
-    stalls = {
-        step: one_step(model, optimizer, batch, checkpoints, step) for step in steps[args.every :]
-    }
+    stalls = {step: one_step(model, optimizer, batch, checkpoints, step) for step in timed}
     seconds = time.perf_counter() - begun_s
-    result = {"step_s": seconds / args.steps, **checkpoints.finish()}
+    one_step(model, optimizer, batch, checkpoints, timed.stop)  # what the last one left behind
+    result = {"step_s": seconds / args.steps, **checkpoints.finish(timed)}
     result.setdefault("stall_s", [s for step, s in stalls.items() if step % args.every == 0])
     result["peak_extra"] = memory.stop()
     print(json.dumps(result))

@@ -1,0 +1,201 @@
+"""Real processes, killed with SIGKILL at any moment."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crash_oracle import Oracle, check_everything
+from kill_writer import known_state, restored
+
+from asymcheck import Checkpointer
+from asymcheck.errors import CheckpointNotFoundError
+from asymcheck.retention import collect_orphans
+from asymcheck.stores import LocalStore
+
+TESTS = Path(__file__).parent
+LONGEST_LIFE_S = 0.6  # of saving; a save takes a few milliseconds
+LONGEST_START_S = 1.0  # importing and restoring take about half of that
+
+
+def start(directory: Path, life: int, strategy: str, *more: object) -> subprocess.Popen[str]:
+    command = [sys.executable, TESTS / "kill_writer.py", directory, life, strategy, *more]
+    return subprocess.Popen(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+class Victim:
+    """What a killed process has said."""
+
+    def __init__(self, lines: list[str]) -> None:
+        words = [line.split() for line in lines if line.endswith("\n")]
+        self.saved = [int(w[1]) for w in words if w[0] == "saved"]
+        self.durable = [int(w[1]) for w in words if w[0] == "durable"]
+        self.restored = [(int(w[1]), int(w[2])) for w in words if w[0] == "restored"]
+
+
+def live_and_die(directory: Path, life: int, strategy: str, chance: random.Random) -> Victim:
+    """One process, killed while it starts and restores or, mostly, while it saves."""
+    process = start(directory, life, strategy)
+    assert process.stdout is not None
+    lines: list[str] = []
+    if chance.random() < 0.2:
+        time.sleep(chance.uniform(0, LONGEST_START_S))
+    else:
+        lines.append(process.stdout.readline())
+        time.sleep(chance.uniform(0, LONGEST_LIFE_S))
+    process.kill()
+    out, err = process.communicate()
+    assert process.returncode == -9, f"it died by itself:\n{err}"
+    assert "Error" not in err, err
+    return Victim([*lines, *out.splitlines(keepends=True)])
+
+
+def kill_again_and_again(directory: Path, seed: int, kills: int, strategy: str) -> Oracle:
+    chance = random.Random(seed)
+    oracle = Oracle()
+    for life in range(kills):
+        victim = live_and_die(directory, life, strategy, chance)
+        for step in victim.saved or [-1]:
+            oracle.submit(step + 1, known_state(step + 1, life))  # perhaps saved, but not said
+            oracle.submit(step, known_state(step, life))
+        if victim.restored:  # by the process itself, whole
+            assert victim.restored[0][0] >= oracle.newest
+            oracle.submit(victim.restored[0][0] + 1, known_state(victim.restored[0][0] + 1, life))
+        for step in victim.durable:
+            oracle.acknowledge(step, known_state(step, life))
+        check_newest(directory, oracle)
+    return oracle
+
+
+def check_newest(directory: Path, oracle: Oracle) -> None:
+    with Checkpointer(directory) as reader:
+        try:
+            state = reader.restore()
+        except CheckpointNotFoundError:
+            oracle.check_nothing()
+            return
+    step, _ = restored(state)
+    oracle.check_newest(step, state)
+
+
+def finish(directory: Path, oracle: Oracle, life: int, strategy: str) -> None:
+    """One whole life; after it nothing of the torn ones is left."""
+    process = start(directory, life, strategy, 4)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    victim = Victim(out.splitlines(keepends=True))
+    assert victim.durable == victim.saved
+    for step in victim.durable:
+        oracle.acknowledge(step, known_state(step, life))
+    check_everything(LocalStore(directory), oracle)
+    assert list((directory / ".tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("strategy", ["delta", "asymcheck", "naive"])
+def test_killed_at_any_moment(tmp_path: Path, strategy: str):
+    oracle = kill_again_and_again(tmp_path, seed=0, kills=3, strategy=strategy)
+    finish(tmp_path, oracle, 3, strategy)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("strategy", ["delta", "asymcheck", "naive"])
+def test_killed_at_any_moment_for_long(tmp_path: Path, strategy: str):
+    oracle = kill_again_and_again(tmp_path, seed=1, kills=40, strategy=strategy)
+    assert len(oracle.acknowledged) > 100
+    finish(tmp_path, oracle, 40, strategy)
+
+
+# Others' objects
+
+SLOW_WRITER = """
+    import sys
+    sys.path.insert(0, TESTS)
+    from kill_writer import *
+    from asymcheck.stores import LocalStore
+
+    class Slow(LocalStore):
+        def put(self, key, data):
+            if key.endswith(".manifest"):
+                say("packs are there")
+                sys.stdin.readline()
+            super().put(key, data)
+
+    with Checkpointer(Slow(sys.argv[1]), strategy="asymcheck", cost_model=CostModel()) as c:
+        c.save(5, known_state(5, 0))
+    say("done")
+"""
+
+
+@pytest.fixture
+def slow_writer(tmp_path: Path) -> Any:
+    """A process that has put its packs and waits with the manifest for a line."""
+    body = textwrap.dedent(SLOW_WRITER.replace("TESTS", repr(str(TESTS))))
+    process = subprocess.Popen(
+        [sys.executable, "-c", body, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "packs are there\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def packs(directory: Path, step: int) -> list[Path]:
+    return sorted(directory.glob(f"data/{step:016d}-*/*.pack"))
+
+
+def test_a_slow_writer_is_left_alone(tmp_path: Path, slow_writer: Any):
+    before = packs(tmp_path, 5)
+    assert before
+    assert collect_orphans(LocalStore(tmp_path)) == []
+    with Checkpointer(tmp_path) as other:  # another run, beside it
+        other.save(4, known_state(4, 1)).wait()
+    assert packs(tmp_path, 5) == before
+    out, _ = slow_writer.communicate("go on\n")
+    assert out == "done\n"
+    with Checkpointer(tmp_path) as reader:
+        assert restored(reader.restore()) == (5, 0)
+        assert reader.steps() == [4, 5]
+
+
+def test_a_dead_writer_is_known_at_once(tmp_path: Path, slow_writer: Any):
+    """Even while its corpse is not buried: nobody has waited for the process."""
+    before = packs(tmp_path, 5)
+    slow_writer.kill()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{slow_writer.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+    with Checkpointer(tmp_path) as other:
+        other.save(4, known_state(4, 1)).wait()
+        assert before
+        assert packs(tmp_path, 5) == []
+        assert other.steps() == [4]
+    assert [p for p in (tmp_path / "runs").rglob("*") if p.is_file()] == []
+
+
+def test_a_stopped_writer_is_left_alone(tmp_path: Path, slow_writer: Any):
+    """Suspended for however long, it is alive, and may go on."""
+    import signal
+
+    slow_writer.send_signal(signal.SIGSTOP)
+    before = packs(tmp_path, 5)
+    assert collect_orphans(LocalStore(tmp_path)) == []
+    assert packs(tmp_path, 5) == before
+    slow_writer.send_signal(signal.SIGCONT)
+    out, _ = slow_writer.communicate("go on\n")
+    assert out == "done\n"

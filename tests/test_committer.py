@@ -360,6 +360,22 @@ def test_nothing_is_committed_that_a_reader_would_refuse(
         checkpointer.save(0, training_state(16)).wait(30)
 
 
+def test_a_step_with_a_block_lost_is_not_committed(store: MemoryStore) -> None:
+    """Neither the first time nor when the same plan has been committed before."""
+    state = training_state(16)
+    with Checkpointer(store, strategy="asymcheck-naive", on_error="warn") as checkpointer:
+        for step in range(4):
+            with store.hold("put", ".pack") as held:
+                pending = checkpointer.save(step, state)
+                held.await_calls()
+                assert pending._attempt.encoded.wait(30)
+                if step % 2 == 0:
+                    pending._attempt.rows.pop(1)
+            pending._attempt.finished.wait(30)
+        assert checkpointer.steps() == [1, 3]
+        assert same(checkpointer.restore(), state)
+
+
 def test_manifests_are_durable_before_the_record(store: MemoryStore) -> None:
     with Writers(store, 2) as writers:
         writers.save_state(0, state_of(17))

@@ -379,10 +379,23 @@ def test_a_failing_store_fails_the_attempt_and_frees_the_memory(
 @pytest.mark.parametrize(
     "policy", [Never(), Always("plane"), Mixed()], ids=["raw", "coded", "mixed"]
 )
+@pytest.mark.parametrize(("capture_buffers", "pack_nbytes"), [(3, BUFFER), (1, BUFFER * 6 // 10)])
 def test_giving_up_for_want_of_memory_leaks_none(
-    store: MemoryStore, benches: list[Bench], policy: CompressionPolicy
+    store: MemoryStore,
+    benches: list[Bench],
+    policy: CompressionPolicy,
+    capture_buffers: int,
+    pack_nbytes: int,
 ) -> None:
-    used = bench(benches, store, policy=policy, capture_buffers=3, timeout_s=0.01)
+    """Not even of a unit that found room for some of its columns."""
+    used = bench(
+        benches,
+        store,
+        policy=policy,
+        capture_buffers=capture_buffers,
+        pack_nbytes=pack_nbytes,
+        timeout_s=0.01,
+    )
     state = training_state(8, 100_000)
     attempt = used.begin(state)
     placed: list[CapturedUnit] = []

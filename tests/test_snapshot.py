@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,12 @@ from memory_store import MemoryStore
 from states import same, training_state
 
 from asymcheck import Always, AsymCheck, AsymCheckNaive, AsymCheckS, Checkpointer, Never
-from asymcheck.buffers import Buffer
 from asymcheck.errors import CaptureTimeoutError, SaveFailedError
 from asymcheck.partition import Phase, Window
 from asymcheck.snapshot import Capture
 from asymcheck.state import ArraySource, LeafSpec, ShardSpec, StateView, numpy_view
 from asymcheck.strategy import Strategy
+from asymcheck.threads import run_at_low_priority
 
 WINDOWS = [
     Window(Phase.FORWARD, 0, 1.0),
@@ -289,7 +290,11 @@ def test_a_source_that_cannot_be_read_fails_the_save(
         assert checkpointer._pipeline.capture_pool.used_nbytes == 0
 
 
-@pytest.mark.parametrize("where", ["copying", "waiting for memory"])
+def interrupt() -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["copying", "waiting for memory", "waiting for the thread"])
 def test_an_interrupt_gives_the_step_up(
     store: MemoryStore, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,10 +308,9 @@ def test_an_interrupt_gives_the_step_up(
         assert checkpointer._pipeline is not None
         pool = checkpointer._pipeline.capture_pool
 
-        def interrupted() -> Buffer:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(pool, "acquire", interrupted)
+        monkeypatch.setattr(pool, "acquire", interrupt)
+    if where == "waiting for the thread":
+        monkeypatch.setattr(capture._state, "wait_for", lambda predicate: interrupt())
     with pytest.raises(KeyboardInterrupt):
         capture.finish()
     monkeypatch.undo()
@@ -396,3 +400,16 @@ def test_no_thread_outlives_its_checkpointer(store: MemoryStore) -> None:
             threading.enumerate()
         )
     assert names(threading.enumerate()) == before
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="priorities of threads are Linux's")
+@pytest.mark.parametrize(("nice", "becomes"), [(0, [10]), (9, [10]), (10, []), (15, [])])
+def test_threads_only_become_nicer(
+    monkeypatch: pytest.MonkeyPatch, nice: int, becomes: list[int]
+) -> None:
+    """A process that is nicer already may not raise its priority again."""
+    set_to: list[int] = []
+    monkeypatch.setattr(os, "getpriority", lambda which, who: nice)
+    monkeypatch.setattr(os, "setpriority", lambda which, who, to: set_to.append(to))
+    run_at_low_priority()
+    assert set_to == becomes

@@ -103,9 +103,12 @@ class Pipeline:
         self._lock = threading.Lock()
 
     def pack_nbytes(self, volume_nbytes: int) -> int:
-        """The size of packs that drains a snapshot soonest, by what puts have cost so far."""
+        """The size of packs that drains a snapshot soonest, by what puts have cost so far.
+
+        Rounded so that a whole number of packs fills a buffer.
+        """
         put = self.cost.line("put")
-        return derive_pack_nbytes(
+        derived_nbytes = derive_pack_nbytes(
             volume_nbytes=max(volume_nbytes, 1),
             alpha_s=put.alpha_s,
             beta_s_per_byte=put.beta_s_per_byte,
@@ -114,6 +117,8 @@ class Pipeline:
             max_nbytes=self.buffer_nbytes,
             min_nbytes=min(MIN_PACK_NBYTES, self.buffer_nbytes),
         )
+        # A whole number of packs to a buffer: else up to half of the host memory lies idle.
+        return self.buffer_nbytes // max(1, round(self.buffer_nbytes / derived_nbytes))
 
     def _put(self, key: str, data: memoryview) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,12 +16,13 @@ from crash_oracle import Oracle, check_everything
 from kill_writer import known_state, restored
 
 from asymcheck import Checkpointer
+from asymcheck.commit import committed_steps
 from asymcheck.errors import CheckpointNotFoundError
 from asymcheck.retention import collect_orphans
 from asymcheck.stores import LocalStore
 
 TESTS = Path(__file__).parent
-LONGEST_LIFE_S = 0.6  # of saving; a save takes a few milliseconds
+LONGEST_LIFE_S = 0.3  # after the first step; a step takes some 10 ms
 LONGEST_START_S = 1.0  # importing and restoring take about half of that
 
 
@@ -45,76 +47,81 @@ class Victim:
 
 
 def live_and_die(directory: Path, life: int, strategy: str, chance: random.Random) -> Victim:
-    """One process, killed while it starts and restores or, mostly, while it saves."""
+    """One process, killed as it starts, as it saves for the first time, or (mostly) later."""
     process = start(directory, life, strategy)
     assert process.stdout is not None
+    assert process.stderr is not None
     lines: list[str] = []
-    if chance.random() < 0.2:
-        time.sleep(chance.uniform(0, LONGEST_START_S))
-    else:
-        lines.append(process.stdout.readline())
-        time.sleep(chance.uniform(0, LONGEST_LIFE_S))
+    until = chance.choice(["", "saved", "durable", "durable", "durable"])
+    for line in process.stdout if until else ():
+        lines.append(line)
+        if line.startswith(until):
+            break
+    time.sleep(chance.uniform(0, LONGEST_START_S if not until else LONGEST_LIFE_S))
     process.kill()
-    out, err = process.communicate()
-    assert process.returncode == -9, f"it died by itself:\n{err}"
+    lines.extend(process.stdout)
+    err = process.stderr.read()
+    assert process.wait() == -signal.SIGKILL, f"it died by itself:\n{err}"
     assert "Error" not in err, err
-    return Victim([*lines, *out.splitlines(keepends=True)])
+    return Victim(lines)
 
 
-def kill_again_and_again(directory: Path, seed: int, kills: int, strategy: str) -> Oracle:
+def kill_again_and_again(directory: Path, seed: int, kills: int, strategy: str) -> dict[int, int]:
+    """The step numbers that were acknowledged, each with the life that saved it."""
     chance = random.Random(seed)
-    oracle = Oracle()
+    acknowledged: dict[int, int] = {}
     for life in range(kills):
         victim = live_and_die(directory, life, strategy, chance)
-        for step in victim.saved or [-1]:
-            oracle.submit(step + 1, known_state(step + 1, life))  # perhaps saved, but not said
-            oracle.submit(step, known_state(step, life))
-        if victim.restored:  # by the process itself, whole
-            assert victim.restored[0][0] >= oracle.newest
-            oracle.submit(victim.restored[0][0] + 1, known_state(victim.restored[0][0] + 1, life))
-        for step in victim.durable:
-            oracle.acknowledge(step, known_state(step, life))
-        check_newest(directory, oracle)
-    return oracle
+        for step, of in victim.restored:
+            assert step >= max(acknowledged, default=0)
+            assert of == acknowledged.get(step, of)
+        acknowledged.update(dict.fromkeys(victim.durable, life))
+        check_newest(directory, acknowledged)
+    return acknowledged
 
 
-def check_newest(directory: Path, oracle: Oracle) -> None:
+def check_newest(directory: Path, acknowledged: dict[int, int]) -> None:
     with Checkpointer(directory) as reader:
         try:
-            state = reader.restore()
+            step, life = restored(reader.restore())
         except CheckpointNotFoundError:
-            oracle.check_nothing()
+            assert not acknowledged
             return
-    step, _ = restored(state)
-    oracle.check_newest(step, state)
+    assert step >= max(acknowledged, default=0)
+    assert life == acknowledged.get(step, life)
 
 
-def finish(directory: Path, oracle: Oracle, life: int, strategy: str) -> None:
+def finish(directory: Path, acknowledged: dict[int, int], life: int, strategy: str) -> None:
     """One whole life; after it nothing of the torn ones is left."""
     process = start(directory, life, strategy, 4)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     victim = Victim(out.splitlines(keepends=True))
     assert victim.durable == victim.saved
-    for step in victim.durable:
-        oracle.acknowledge(step, known_state(step, life))
-    check_everything(LocalStore(directory), oracle)
+    oracle = Oracle()
+    store = LocalStore(directory)
+    for step in committed_steps(store):
+        for of in range(life + 1):
+            oracle.submit(step, known_state(step, of))
+    for step, of in {**acknowledged, **dict.fromkeys(victim.durable, life)}.items():
+        oracle.acknowledge(step, known_state(step, of))
+    check_everything(store, oracle)
     assert list((directory / ".tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("strategy", ["delta", "asymcheck", "naive"])
 def test_killed_at_any_moment(tmp_path: Path, strategy: str):
-    oracle = kill_again_and_again(tmp_path, seed=0, kills=3, strategy=strategy)
-    finish(tmp_path, oracle, 3, strategy)
+    acknowledged = kill_again_and_again(tmp_path, seed=0, kills=3, strategy=strategy)
+    finish(tmp_path, acknowledged, 3, strategy)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("strategy", ["delta", "asymcheck", "naive"])
 def test_killed_at_any_moment_for_long(tmp_path: Path, strategy: str):
-    oracle = kill_again_and_again(tmp_path, seed=1, kills=40, strategy=strategy)
-    assert len(oracle.acknowledged) > 100
-    finish(tmp_path, oracle, 40, strategy)
+    acknowledged = kill_again_and_again(tmp_path, seed=1, kills=40, strategy=strategy)
+    assert len(acknowledged) > 100
+    finish(tmp_path, acknowledged, 40, strategy)
 
 
 # Others' objects
@@ -190,8 +197,6 @@ def test_a_dead_writer_is_known_at_once(tmp_path: Path, slow_writer: Any):
 
 def test_a_stopped_writer_is_left_alone(tmp_path: Path, slow_writer: Any):
     """Suspended for however long, it is alive, and may go on."""
-    import signal
-
     slow_writer.send_signal(signal.SIGSTOP)
     before = packs(tmp_path, 5)
     assert collect_orphans(LocalStore(tmp_path)) == []

@@ -1,0 +1,1 @@
+"""The place of the JAX and Orbax adapter, which is not written yet."""

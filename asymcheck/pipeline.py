@@ -105,7 +105,7 @@ class Pipeline:
     def pack_nbytes(self, volume_nbytes: int) -> int:
         """The size of packs that drains a snapshot soonest, by what puts have cost so far.
 
-        Rounded so that a whole number of packs fills a buffer.
+        Rounded so that a whole number of packs, each from a page boundary on, fills a buffer.
         """
         put = self.cost.line("put")
         derived_nbytes = derive_pack_nbytes(
@@ -118,7 +118,8 @@ class Pipeline:
             min_nbytes=min(MIN_PACK_NBYTES, self.buffer_nbytes),
         )
         # A whole number of packs to a buffer: else up to half of the host memory lies idle.
-        return self.buffer_nbytes // max(1, round(self.buffer_nbytes / derived_nbytes))
+        packs = max(1, round(self.buffer_nbytes / derived_nbytes))
+        return max(ALIGNMENT, self.buffer_nbytes // packs // ALIGNMENT * ALIGNMENT)
 
     def _put(self, key: str, data: memoryview) -> None:
         with self._lock:

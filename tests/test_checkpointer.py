@@ -34,6 +34,7 @@ from asymcheck.errors import (
 )
 from asymcheck.idle import IdleProfile
 from asymcheck.index import load_index
+from asymcheck.pack import PackBuilder
 from asymcheck.partition import Phase, Window
 from asymcheck.policy import Decision, PolicyRequest
 from asymcheck.state import numpy_view
@@ -742,6 +743,25 @@ def test_packs_are_derived_from_the_costs() -> None:
             checkpointer.save(0, state)
         counts.append(len(store.keys(".pack")))
     assert counts[1] in (4, 5) and counts[0] >= 15
+
+
+@pytest.mark.parametrize("put_s", [0.0, 1e-5, 1e-3, 0.1, 10.0])
+def test_a_whole_number_of_packs_fills_a_buffer(store: MemoryStore, put_s: float) -> None:
+    costs = GivenCosts(1e-9, put_s, copy_s_per_byte=1e-8)
+    with opened(store, cost_model=costs, max_host_bytes=512 << 20) as checkpointer:
+        checkpointer.save(0, {})
+        pipeline = checkpointer._pipeline
+        assert pipeline is not None
+        for volume_nbytes in (1, 10**6, 40 << 20, 3 * 10**8, 1 << 34):
+            target = pipeline.pack_nbytes(volume_nbytes)
+            assert 0 < target <= pipeline.buffer_nbytes
+            packs = pipeline.buffer_nbytes // target
+            builder = PackBuilder(pipeline.capture_pool, target)
+            slots = [builder.reserve(target)[0] for _ in range(packs)]
+            assert len({id(slot.pack.buffer) for slot in slots}) == 1
+            for slot in slots:
+                slot.pack.release()
+            builder.close()
 
 
 @dataclass

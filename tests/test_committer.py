@@ -23,6 +23,8 @@ from asymcheck.errors import (
     SaveFailedError,
     StepExistsError,
     StoreError,
+    StoreFullError,
+    StorePermissionError,
 )
 from asymcheck.index import load_index
 from asymcheck.retention import collect_orphans
@@ -216,6 +218,41 @@ def test_a_record_that_stands_although_the_store_said_no(store: MemoryStore, cou
         )
         assert writers.save_state(1, state) == [None] * count
         restored(store, 0)
+
+
+def test_writers_that_disagree_about_a_step_come_together_again(store: MemoryStore) -> None:
+    """Writer 1 knows that it stands and builds on it, writer 0 does not; the next is a base."""
+    state = state_of(8)
+    with Writers(store, 2, strategy=DELTA) as writers:
+        assert writers.save_state(0, state) == [None, None]
+        lose_the_answer(store, "commits/")
+        first, second = writers.save_state(1, state)
+        assert "connection reset" in str(first) and second is None
+        first, second = writers.save_state(2, state)
+        assert "build on a step that was not committed before" in str(first)
+        assert "writer 0 gave the attempt up" in str(second)
+        for step in (3, 4):
+            assert writers.save_state(step, state) == [None, None]
+    reader = Checkpointer(store)
+    assert reader.steps() == [0, 1, 3, 4]
+    for step in reader.steps():
+        assert same(reader.restore(step), state)
+
+
+@pytest.mark.parametrize("error", [StoreFullError("disk full"), StorePermissionError("no")])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_record_that_the_store_refused_leaves_nothing_behind(
+    store: MemoryStore, error: StoreError, count: int
+) -> None:
+    state = state_of(8)
+    with Writers(store, count) as writers:
+        assert writers.save_state(0, state) == [None] * count
+        before = store.keys("data/")
+        with store.failing("put_if_absent", "commits/", error):
+            errors = writers.save_state(1, state)
+        assert all(error.message in str(e) for e in errors)
+        assert [key for key in store.keys("data/") if not key.endswith(".abort")] == before
+        assert writers.save_state(1, state) == [None] * count
 
 
 def test_a_manifest_that_stands_although_the_store_said_no(store: MemoryStore) -> None:

@@ -48,6 +48,7 @@ from asymcheck.state import numpy_view
 from asymcheck.stores import LocalStore, Store
 
 ROOT = Path("/runs/a")
+LEASE_S = 1e6  # no schedule ends because the machine is busy
 State = dict[str, Any]
 
 STRATEGIES: list[Callable[[], Strategy]] = [
@@ -292,7 +293,12 @@ class Life:
         }
         self._note(f"{strategy.name} {options}")
         self.checkpointer = Checkpointer(
-            store, strategy=strategy, max_host_bytes=1 << 20, cost_model=CostModel(), **options
+            store,
+            strategy=strategy,
+            max_host_bytes=1 << 20,
+            cost_model=CostModel(),
+            lease_s=LEASE_S,
+            **options,
         )
         self._pending: list[tuple[PendingSave, State]] = []
         self.step = -1

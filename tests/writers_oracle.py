@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from crash_oracle import STRATEGIES, Oracle, Violation, check_everything, make_state
+from crash_oracle import LEASE_S, STRATEGIES, Oracle, Violation, check_everything, make_state
 from simulated_filesystem import SimulatedCrash
 
 from asymcheck import Checkpointer, CostModel, StateView
@@ -312,6 +312,7 @@ class WritersSchedule:
                         max_host_bytes=1 << 20,
                         cost_model=CostModel(),
                         encode_threads=1,
+                        lease_s=LEASE_S,
                         **options,
                     ),
                 )

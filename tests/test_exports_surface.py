@@ -52,6 +52,7 @@ SURFACE = {
         "ZstdCodec",
         "codec_by_name",
         "codec_from_manifest",
+        "warm_up",
     },
     "asymcheck.stores": {"LocalStore", "Store", "open_store"},
     "asymcheck.strategies": {

@@ -17,10 +17,15 @@ Allocate = Callable[[int], NDArray[np.uint8]]
 
 
 def page_aligned(nbytes: int) -> NDArray[np.uint8]:
-    """Fresh page-aligned memory, in huge pages where the system has them."""
-    memory = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    """Fresh page-aligned memory, in huge pages where the system has them.
+
+    It is private, since shared memory seldom gets huge pages, and child processes do not inherit
+    it: else every page that is written after a fork would be copied and kept twice.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            memory.madvise(getattr(mmap, advice))
     return np.frombuffer(memory, np.uint8)
 
 

@@ -246,7 +246,8 @@ def newest_good(
 ) -> T:
     """`attempt(step)` for the newest committed step for which it does not find damage.
 
-    Steps that turn out damaged are reported to `damaged` and to the log, and passed over. Any
+    Steps that turn out damaged are reported to `damaged` and to the log, and passed over; one
+    that a running writer has removed meanwhile is not, since there is a newer one then. Any
     other failure (the store is unavailable, the target does not match, the step was written by a
     later version) is raised: it says nothing of damage.
 
@@ -254,14 +255,20 @@ def newest_good(
         CheckpointNotFoundError: no committed step is good; the damage of the newest is chained.
     """
     first: Exception | None = None
-    for step in reversed(committed_steps(store)):
+    passed_over: set[int] = set()
+    while steps := set(committed_steps(store)) - passed_over:
+        step = max(steps)
         try:
             return attempt(step)
         except UnsupportedVersionError:
             raise  # whole, but not for this reader: an older step would silently undo newer ones
         except (CorruptionError, FormatError, CheckpointNotFoundError) as error:
+            if step not in committed_steps(store):
+                _log.warning("step %d was removed while it was read (max_to_keep)", step)
+                continue
             _log.error("step %d cannot be restored, trying an older one: %s", step, error)
             damaged(step, error)
+            passed_over.add(step)
             first = first or error
     raise CheckpointNotFoundError(
         "there is no checkpoint" if first is None else "no checkpoint is whole",

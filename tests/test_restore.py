@@ -274,6 +274,23 @@ def test_falls_back_loudly(
     assert "step 4 cannot be restored" in caplog.text and "no 3" in caplog.text
 
 
+def test_a_step_that_is_removed_while_it_is_read(store: MemoryStore) -> None:
+    """The writer goes on, and its retention with it: there is a newer step."""
+    steps_with(store, 3)
+    damaged: list[int] = []
+
+    def attempt(step: int) -> str:
+        if step == 2:
+            store.put(commit_key(3), memoryview(b""))
+            for old in (0, 1, 2):
+                store.delete(commit_key(old))
+            raise CorruptionError("no such object")
+        return f"step {step}"
+
+    assert newest_good(store, attempt, lambda s, e: damaged.append(s)) == "step 3"
+    assert damaged == []
+
+
 def test_none_is_good(store: MemoryStore) -> None:
     with pytest.raises(CheckpointNotFoundError, match="there is no checkpoint"):
         newest_good(store, lambda s: s, lambda s, e: None)

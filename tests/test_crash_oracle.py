@@ -173,5 +173,5 @@ def test_finds_a_writer_that_takes_back_what_may_be_committed(monkeypatch: pytes
         give_up(self, attempt)
 
     monkeypatch.setattr(Committer, "_give_up", hasty)
-    schedules = (WritersSchedule(seed, slow_s=0.3) for seed in range(100))
+    schedules = (WritersSchedule(seed, slow_s=0.2) for seed in range(100))
     assert broken(schedules)

@@ -12,25 +12,9 @@ from asymcheck import tree
 from asymcheck.codecs.base import Codec
 from asymcheck.errors import AsymCheckError, SaveFailedError
 from asymcheck.manifest import Blocks, CodecUse, Manifest, Pack, pack_key
-from asymcheck.pack import OpenPack
-from asymcheck.plan import Plan
+from asymcheck.pack import OpenPack, Slot
+from asymcheck.plan import Plan, Unit
 from asymcheck.policy import Decision
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A finished block: where it lies and what it is."""
-
-    source: int
-    start: int
-    count: int
-    codec: Codec
-    group: int
-    pack: OpenPack
-    offset: int
-    nbytes: int
-    digest: str
-    raw: str
 
 
 @dataclass
@@ -53,7 +37,9 @@ class Attempt:
     predecessor_encoded: threading.Event | None
     pack_nbytes: int
     begun_s: float = field(default_factory=time.monotonic)
-    rows: list[Row] = field(default_factory=list[Row])
+    blocks: Blocks = field(default_factory=Blocks)
+    block_packs: list[OpenPack] = field(default_factory=list[OpenPack])  # one for each block
+    codecs: list[Codec] = field(default_factory=list[Codec])
     packs: list[Pack] = field(default_factory=list[Pack])
     decisions: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     stall_s: float = 0.0
@@ -76,6 +62,36 @@ class Attempt:
         with self._lock:
             if self.error is None:
                 self.error = error
+
+    def add_block(
+        self,
+        unit: Unit,
+        source: int,
+        *,
+        codec: Codec,
+        group: int,
+        slot: Slot,
+        digest: str,
+        raw: str,
+    ) -> None:
+        """Record a finished block: what it is and where it lies.
+
+        By columns, since a thousand small objects at every step keep the garbage collector busy.
+        """
+        if codec not in self.codecs:
+            self.codecs.append(codec)
+        blocks = self.blocks
+        blocks.shard.append(source)
+        blocks.start.append(unit.start)
+        blocks.count.append(unit.count)
+        blocks.codec.append(self.codecs.index(codec))
+        blocks.group.append(group)
+        self.block_packs.append(slot.pack)
+        blocks.offset.append(slot.offset)
+        blocks.nbytes.append(slot.view.nbytes)
+        blocks.digest.append(digest)
+        blocks.raw.append(raw)
+        self.used_base |= codec.needs_base
 
     def add_pack(self, nbytes: int) -> str:
         """Count a pack as under way to the store; its key."""
@@ -118,14 +134,7 @@ class Attempt:
 
     def manifest(self, warm_start: Mapping[str, Any]) -> Manifest:
         """The record of this attempt; call when it is flushed."""
-        codecs: list[CodecUse] = []
-        codec_index: dict[int, int] = {}
-        blocks = Blocks()
-        for row in self.rows:
-            if id(row.codec) not in codec_index:
-                codec_index[id(row.codec)] = len(codecs)
-                codecs.append(CodecUse(row.codec.id, dict(row.codec.params)))
-            _append(blocks, row, codec_index[id(row.codec)])
+        self.blocks.pack = [pack.sequence for pack in self.block_packs]
         return Manifest(
             step=self.step,
             attempt=self.name,
@@ -135,9 +144,9 @@ class Attempt:
             structure=self.structure,
             leaves=self.plan.leaves,
             shards=self.plan.shards,
-            codecs=codecs,
+            codecs=[CodecUse(codec.id, dict(codec.params)) for codec in self.codecs],
             packs=self.packs,
-            blocks=blocks,
+            blocks=self.blocks,
             metadata=dict(self.metadata),
             stats=self.stats(),
             warm_start=dict(warm_start),
@@ -153,19 +162,6 @@ class Attempt:
             "durable_after_s": round(time.monotonic() - self.begun_s, 6),
             "decisions": self.decisions,
         }
-
-
-def _append(blocks: Blocks, row: Row, codec: int) -> None:
-    blocks.shard.append(row.source)
-    blocks.start.append(row.start)
-    blocks.count.append(row.count)
-    blocks.codec.append(codec)
-    blocks.group.append(row.group)
-    blocks.pack.append(row.pack.sequence)
-    blocks.offset.append(row.offset)
-    blocks.nbytes.append(row.nbytes)
-    blocks.digest.append(row.digest)
-    blocks.raw.append(row.raw)
 
 
 class PendingSave:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 
@@ -15,8 +16,9 @@ def derive_pack_nbytes(
     puts_in_flight: int,
     max_nbytes: int,
     min_nbytes: int,
+    slack: float = 0.03,
 ) -> int:
-    """The pack size b that makes a checkpoint durable soonest.
+    """The pack size b that makes a checkpoint durable soonest, with no more packs than that takes.
 
     Let V bytes arrive at gamma seconds per byte, packs of b bytes be put as they fill, w at a
     time, and one put take alpha + beta * b. In r whole rounds of w packs, b = V / (w * r), the
@@ -38,6 +40,10 @@ def derive_pack_nbytes(
     (gamma = 0), one round of V / w each is best; if puts cost nothing but bandwidth (alpha = 0),
     the smallest packs are.
 
+    Around the best the time is flat, while every pack costs processor time, a file or request,
+    and another one when it is deleted. So of all that take at most `slack` longer than the best
+    the fewest rounds are taken.
+
     Args:
         volume_nbytes: V, bytes that this writer stores per checkpoint. Better too high than too
             low: one pack more than was planned may cost a whole round.
@@ -47,6 +53,7 @@ def derive_pack_nbytes(
         max_nbytes: bound of a pack. w + 1 packs must fit into host memory, since one fills
             while w are under way; then filling never waits longer than it would anyway.
         min_nbytes: the smallest pack worth an object.
+        slack: the part of the shortest time that may be spent for the sake of fewer packs.
 
     Raises:
         ValueError: for impossible arguments.
@@ -58,7 +65,12 @@ def derive_pack_nbytes(
     fewest = max(1, math.ceil(round_nbytes / max_nbytes))
     most = max(fewest, math.floor(round_nbytes / min_nbytes))
     ideal = min(max(drain.ideal_rounds, fewest), most)
-    rounds = min(math.floor(ideal), math.ceil(ideal), key=drain.seconds)
+    best = min(math.floor(ideal), math.ceil(ideal), key=drain.seconds)
+    longest_s = (1 + slack) * drain.seconds(best)
+    # More rounds take less time up to the best.
+    rounds = fewest + bisect_left(
+        range(fewest, best), True, key=lambda rounds: drain.seconds(rounds) <= longest_s
+    )
     return min(max(math.ceil(round_nbytes / rounds), min_nbytes), max_nbytes)
 
 

@@ -153,12 +153,12 @@ class Committer:
                 step=attempt.step,
                 expected=f"step {attempt.base_step} committed before",
             )
-        if len(attempt.rows) != attempt.plan.block_count:
+        if len(attempt.block_packs) != attempt.plan.block_count:
             raise CommitError(
                 "blocks of the step are missing",
                 step=attempt.step,
                 expected=f"{attempt.plan.block_count} blocks",
-                found=len(attempt.rows),
+                found=len(attempt.block_packs),
             )
         own = attempt.manifest(self._warm_start())
         sealed = seal_manifest(own)
@@ -273,9 +273,8 @@ class Committer:
         if attempt.published:
             return
         own = f"{data_prefix(attempt.step, attempt.name)}w{attempt.writer:05d}"
-        for key in self._store.list(data_prefix(attempt.step, attempt.name)):
-            if key.startswith((f"{own}-", f"{own}.manifest")):
-                self._store.delete(key)
+        objects = self._store.list(data_prefix(attempt.step, attempt.name))
+        self._store.delete(*(k for k in objects if k.startswith((f"{own}-", f"{own}.manifest"))))
 
 
 def _ref(attempt: Attempt, writer: int, sealed: bytes) -> ManifestRef:

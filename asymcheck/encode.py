@@ -1,7 +1,8 @@
 """From captured bytes to blocks in packs: digests, codecs, and the reference kept up to date.
 
-Units arrive in the order of capture. They are coded by a few threads and packed by one, in that
-order, so that the same snapshot, schedule and decisions give the same packs.
+Units arrive in the order of capture. They are coded by a few threads (unless they are stored as
+they are) and packed by one, in that order, so that the same snapshot, schedule and decisions give
+the same packs.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from asymcheck.attempt import Attempt, Row
+from asymcheck.attempt import Attempt
 from asymcheck.buffers import Buffer, BufferPool
 from asymcheck.codecs import codec_by_name, warm_up
 from asymcheck.codecs.base import Codec, Column
@@ -25,7 +26,7 @@ from asymcheck.cost import CostModel
 from asymcheck.flush import FlushQueue
 from asymcheck.pack import OpenPack, PackBuilder, Slot
 from asymcheck.plan import Unit
-from asymcheck.policy import CompressionPolicy, Decision, Never, PolicyRequest
+from asymcheck.policy import CompressionPolicy, Never, PolicyRequest
 from asymcheck.reference import Reference
 from asymcheck.state import dtype_of
 from asymcheck.threads import run_at_low_priority
@@ -51,7 +52,7 @@ class CapturedColumn:
 
 @dataclass(slots=True)
 class CapturedUnit:
-    """A unit with room for its bytes."""
+    """A unit with room for its bytes; who has copied them says so by `note_captured`."""
 
     attempt: Attempt
     unit: Unit
@@ -59,10 +60,22 @@ class CapturedUnit:
     columns: list[CapturedColumn]
     staging: Buffer | None
     coding: range  # the bytes to be coded, counted over all units
-    ready: Future[None] = field(default_factory=Future[None])
+    _news: threading.Condition  # of all units: one each would keep the garbage collector busy
+    _is_captured: bool = False
+
+    def note_captured(self) -> None:
+        """The bytes are there, or the attempt has failed."""
+        with self._news:
+            self._is_captured = True
+            self._news.notify_all()
+
+    def await_captured(self) -> None:
+        """Wait for `note_captured`."""
+        with self._news:
+            self._news.wait_for(lambda: self._is_captured)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Coded:
     """A column after coding; `payload` None if its bytes already lie in a pack."""
 
@@ -87,7 +100,7 @@ class _Mark:
     last: bool
 
 
-_Item = tuple[CapturedUnit, Future[list[_Coded]]] | _Sealed | _Mark
+_Item = tuple[CapturedUnit, Future[list[_Coded]] | None] | _Sealed | _Mark
 
 
 class Encoder:
@@ -128,6 +141,7 @@ class Encoder:
         self._placed_nbytes = 0  # to be coded, of all units so far
         self._packed_nbytes = 0  # of these
         self._packing = threading.Condition()  # guards _packed_nbytes
+        self._captured = threading.Condition()
         self._raw = codec_by_name("raw")
         self._codecs: dict[str, Codec] = {"raw": self._raw}
         self._items: SimpleQueue[_Item | None] = SimpleQueue()
@@ -135,7 +149,7 @@ class Encoder:
         self._packer = threading.Thread(target=self._pack, name="asymcheck-pack", daemon=True)
         self._coded_packs: PackBuilder | None = None
         self._reference: Reference | None = None
-        self._decisions: dict[tuple[str, str], Decision] = {}
+        self._decided: dict[tuple[str, str], Codec] = {}
         self._decided_partition = -1
         self._packer.start()
         if not isinstance(policy, Never):
@@ -158,14 +172,14 @@ class Encoder:
         """
         if unit.partition != self._decided_partition:
             self._decide(attempt, unit.partition)
-        specs = [attempt.plan.specs[source] for source in unit.sources]
-        codecs = [self._codec(self._decisions[spec.kind, spec.dtype].codec) for spec in specs]
-        sizes = [unit.count * spec.itemsize for spec in specs]
-        coding_nbytes = sum(n for n, c in zip(sizes, codecs, strict=True) if c.id != "raw")
+        plan = attempt.plan
+        codecs = [self._decided[plan.classes[source]] for source in unit.sources]
+        sizes = [unit.count * plan.itemsizes[source] for source in unit.sources]
+        coding_nbytes = sum(n for n, c in zip(sizes, codecs, strict=True) if c is not self._raw)
         sealed: list[OpenPack] = []
         try:
             slots = [
-                self._reserve_raw(nbytes, sealed) if codec.id == "raw" else None
+                self._reserve_raw(nbytes, sealed) if codec is self._raw else None
                 for codec, nbytes in zip(codecs, sizes, strict=True)
             ]
             staging = self._stage(coding_nbytes)
@@ -182,8 +196,11 @@ class Encoder:
             _columns(unit, codecs, sizes, slots, staging),
             staging.pack.buffer if staging is not None else None,
             coding,
+            self._captured,
         )
-        coded = self._executor.submit(self._code, captured, self._reference)
+        coded = None
+        if coding_nbytes or self._reference is not None:
+            coded = self._executor.submit(self._code, captured, self._reference)
         self._items.put((captured, coded))
         for pack in sealed:  # may hold columns of this very unit: sent after it, not before
             self._emit(attempt, pack)
@@ -210,12 +227,12 @@ class Encoder:
 
     def _decide(self, attempt: Attempt, partition: int) -> None:
         self._decided_partition = partition
-        self._decisions = {}
+        self._decided = {}
         for (kind, dtype), nbytes in attempt.plan.partitions[partition].nbytes_by_class.items():
             has_base = attempt.base_step is not None
             request = PolicyRequest(nbytes, kind, dtype, has_base, self._cost)
             decision = self._policy.decide(request)
-            self._decisions[kind, dtype] = decision
+            self._decided[kind, dtype] = self._codec(decision.codec)
             attempt.decided(partition, kind, dtype, nbytes, decision)
 
     def _codec(self, name: str) -> Codec:
@@ -244,7 +261,7 @@ class Encoder:
     # -- coding ----------------------------------------------------------------------------
 
     def _code(self, captured: CapturedUnit, reference: Reference | None) -> list[_Coded]:
-        captured.ready.result()
+        captured.await_captured()
         attempt = captured.attempt
         if attempt.error is not None:
             return []
@@ -335,9 +352,9 @@ class Encoder:
             else:
                 self._add(*item)
 
-    def _add(self, captured: CapturedUnit, coded: Future[list[_Coded]]) -> None:
+    def _add(self, captured: CapturedUnit, coded: Future[list[_Coded]] | None) -> None:
         try:
-            for column in coded.result():
+            for column in self._code(captured, None) if coded is None else coded.result():
                 self._add_block(captured, column)
         except BaseException as error:
             captured.attempt.fail(error)
@@ -349,8 +366,7 @@ class Encoder:
                 self._packing.notify_all()
 
     def _add_block(self, captured: CapturedUnit, coded: _Coded) -> None:
-        attempt, unit, column = captured.attempt, captured.unit, coded.column
-        slot = column.slot
+        attempt, slot = captured.attempt, coded.column.slot
         if slot is None:
             assert coded.payload is not None
             if self._coded_packs is None:
@@ -359,20 +375,14 @@ class Encoder:
             if sealed is not None:
                 self._send(attempt, sealed)
             slot.view[:] = np.frombuffer(coded.payload, np.uint8)
-        attempt.used_base |= coded.codec.needs_base
-        attempt.rows.append(
-            Row(
-                column.source,
-                unit.start,
-                unit.count,
-                coded.codec,
-                captured.group,
-                slot.pack,
-                slot.offset,
-                slot.view.nbytes,
-                coded.digest,
-                coded.raw,
-            )
+        attempt.add_block(
+            captured.unit,
+            coded.column.source,
+            codec=coded.codec,
+            group=captured.group,
+            slot=slot,
+            digest=coded.digest,
+            raw=coded.raw,
         )
 
     def _end(self, mark: _Mark) -> None:

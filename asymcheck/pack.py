@@ -32,7 +32,7 @@ class OpenPack:
         self.buffer.release()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Slot:
     """Room for one block in a pack."""
 

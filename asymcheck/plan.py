@@ -45,13 +45,18 @@ class PartitionPlace:
 
 @dataclass(frozen=True)
 class Plan:
-    """The schedule of a snapshot, down to the units, with the tables of its manifest."""
+    """The schedule of a snapshot, down to the units, with the tables of its manifest.
+
+    `specs`, `itemsizes` (bytes), `classes` (kind, dtype) and `owned` are by source.
+    """
 
     signature: tuple[object, ...]
     nbytes: int
     leaves: list[Leaf]
     shards: list[Shard]
     specs: tuple[LeafSpec, ...]
+    itemsizes: tuple[int, ...]
+    classes: tuple[tuple[str, str], ...]
     owned: tuple[tuple[int, int], ...]
     partitions: tuple[PartitionPlace, ...]
     units: tuple[Unit, ...]
@@ -97,6 +102,8 @@ def make_plan(
         leaves=[_leaf(s.leaf, aliases.get(s.leaf.path, ())) for s in sources],
         shards=[Shard(i, list(s.shard.offset), list(s.shard.shape)) for i, s in enumerate(sources)],
         specs=tuple(s.leaf for s in sources),
+        itemsizes=tuple(s.leaf.itemsize for s in sources),
+        classes=tuple((s.leaf.kind, s.leaf.dtype) for s in sources),
         owned=tuple(s.owned for s in sources),
         partitions=tuple(
             PartitionPlace(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def _merged(copies: Sequence[Event], windows: Sequence[Event]) -> list[Event]:
             and event.begin_s - last.end_s < _MERGE_GAP_S
             and not any(last.end_s <= w.begin_s < event.begin_s for w in windows)
         ):
-            merged[-1] = replace(last, end_s=event.end_s, nbytes=last.nbytes + event.nbytes)
+            merged[-1] = last._replace(end_s=event.end_s, nbytes=last.nbytes + event.nbytes)
         else:
             merged.append(event)
     return merged

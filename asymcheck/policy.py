@@ -87,7 +87,7 @@ class Selective:
 
     candidates: tuple[str, ...] = ("plane", "delta")
     overlapped: bool = False
-    explore_every: int = 64
+    explore_every: int = 256
     _decisions: dict[tuple[str, str], int] = field(
         default_factory=dict[tuple[str, str], int], init=False, repr=False, compare=False
     )

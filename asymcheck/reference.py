@@ -21,7 +21,7 @@ class Reference:
         self.signature = plan.signature
         self.holds: str | None = None
         self._first = [start for start, _ in plan.owned]
-        self._itemsizes = [spec.itemsize for spec in plan.specs]
+        self._itemsizes = plan.itemsizes
         sizes = [count * n for (_, count), n in zip(plan.owned, self._itemsizes, strict=True)]
         self._begins = [0, *accumulate(sizes)]
         self._bytes = np.empty(self._begins[-1], np.uint8)

@@ -104,8 +104,7 @@ def remove_step(store: Store, committed: Committed) -> None:
 
 def remove_attempt(store: Store, step: int, attempt: str) -> None:
     """Delete all objects of an attempt at a step, which must not be committed."""
-    for key in store.list(data_prefix(step, attempt)):
-        store.delete(key)
+    store.delete(*store.list(data_prefix(step, attempt)))
 
 
 def apply(
@@ -140,11 +139,10 @@ def collect_orphans(store: Store) -> list[str]:
     if any(committed.attempt is None for committed in steps.values()):
         return []
     kept = {data_prefix(c.step, c.attempt) for c in steps.values() if c.attempt is not None}
-    removed: list[str] = []
+    orphans: list[str] = []
     for key in objects:
         match = _DATA_KEY.fullmatch(key)
-        if match is None or match[1] in kept or match[3] in alive:
-            continue
-        store.delete(key)
-        removed.append(key)
-    return removed
+        if match is not None and match[1] not in kept and match[3] not in alive:
+            orphans.append(key)
+    store.delete(*orphans)
+    return orphans

@@ -147,7 +147,7 @@ class Capture:
             if not isinstance(error, Exception):
                 raise  # an interrupt of training, not a failure of the copy
         finally:
-            captured.ready.set_result(None)
+            captured.note_captured()
         nbytes = sum(column.view.nbytes for column in captured.columns)
         self._cost.observe("copy", nbytes, time.monotonic() - begun_s)
         label = f"partition {unit.partition}" + ("" if in_window else " (barrier)")

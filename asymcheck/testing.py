@@ -177,10 +177,25 @@ class StoreContract:
             store.put(key, memoryview(b"x"))
         for key in ("steps/1/a", "steps/1/b", "steps/1/a", "steps/9/a", "steps/2", "steps/2/a/b"):
             store.delete(key)
+        store.delete()
         assert store.list("") == ["steps/2/a"]
         assert not store.has_length("steps/1/a", 1)
         store.put("steps/1/a", memoryview(b"again"))
         assert store.get("steps/1/a", 5) == b"again"
+
+    def test_deletes_many_at_once(self, store: Store) -> None:
+        for key in ("a", "steps/1/a", "steps/1/b", "steps/2/a", "steps/2/b/c", "steps/3/a"):
+            store.put(key, memoryview(b"x"))
+        store.delete(
+            "steps/2/b/c", "a", "steps/1/b", "missing", "steps/9/a", "steps/2/a", "steps/1/a"
+        )
+        assert store.list("") == ["steps/1/a", "steps/3/a"]
+
+    def test_deletes_nothing_if_a_key_is_bad(self, store: Store) -> None:
+        store.put("a", memoryview(b"x"))
+        with pytest.raises(StoreError):
+            store.delete("a", "../b")
+        assert store.list("") == ["a"]
 
     @pytest.mark.parametrize("key", BAD_KEYS)
     def test_refuses_bad_keys(self, store: Store, key: str) -> None:

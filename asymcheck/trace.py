@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """Something that took from `begin_s` to `end_s` on the monotonic clock.
 
     `track` is one of "window", "copy", "encode", "flush", "commit", "stall"; `label` says more.

@@ -123,9 +123,12 @@ class TensorSource:
     owned: tuple[int, int]
     tensor: torch.Tensor
     version: int = field(init=False)
+    memory: NDArray[np.uint8] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.renew()
+        dense = self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
+        self.memory = byte_view(self.tensor) if dense else None
 
     def renew(self) -> None:
         """The values that count are those of now."""
@@ -137,7 +140,11 @@ class TensorSource:
         Raises:
             SaveFailedError: the tensor was written to meanwhile.
         """
-        np.copyto(out, _bytes_of_range(self.tensor, start, count).numpy())
+        if self.memory is not None:
+            begin = start * self.leaf.itemsize
+            np.copyto(out, self.memory[begin : begin + len(out)])
+        else:
+            np.copyto(out, _bytes_of_range(self.tensor, start, count).numpy())
         self._check_version()
 
     def _check_version(self) -> None:

@@ -78,11 +78,11 @@ class MemoryStore:
         with self._lock:
             return sorted(key for key in self.objects if key.startswith(prefix))
 
-    def delete(self, key: str) -> None:
-        check_key(key)
-        self._enter("delete", key)
-        with self._lock:
-            self.objects.pop(key, None)
+    def delete(self, *keys: str) -> None:
+        for key in [check_key(key) for key in keys]:
+            self._enter("delete", key)
+            with self._lock:
+                self.objects.pop(key, None)
 
     def clear_stale_temporaries(self) -> int:
         self._enter("clear_stale_temporaries", "")

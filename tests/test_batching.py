@@ -120,6 +120,7 @@ def derive(**changes: float) -> int:
         "puts_in_flight": 4,
         "max_nbytes": 10**9,
         "min_nbytes": 1,
+        "slack": 0.0,
     }
     return derive_pack_nbytes(**(arguments | changes))  # type: ignore[arg-type]
 
@@ -144,6 +145,14 @@ def test_a_source_bound_run_takes_the_smallest_packs_that_keep_up() -> None:
 
 def test_puts_that_cost_only_bandwidth_give_the_smallest_packs() -> None:
     assert derive(alpha_s=0.0, min_nbytes=4096) == pytest.approx(4096, abs=1)
+
+
+def test_slack_is_spent_on_fewer_packs_and_no_more_than_allowed() -> None:
+    # store-bound: gamma * V / r + r * alpha + beta * V / w = 0.1 / r + r * 1 ms + 250 ms
+    assert derive(slack=0.0) == 25_000_000  # 10 rounds, 270 ms
+    assert derive(slack=0.005) == math.ceil(250_000_000 / 7)  # 271.3 ms; 6 rounds take 272.7
+    assert derive(slack=0.03) == 50_000_000  # 275 ms; 4 rounds take 279
+    assert derive(slack=10.0) == 250_000_000
 
 
 def test_more_costly_puts_give_larger_packs() -> None:

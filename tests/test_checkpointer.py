@@ -737,7 +737,7 @@ def test_packs_are_derived_from_the_costs() -> None:
     state = {"params": {f"w{i}": np.zeros(100_000, np.uint8) for i in range(200)}}
     counts: list[int] = []
     for put_s in (1e-5, 10.0):
-        costs = GivenCosts(1e-9, put_s, copy_s_per_byte=1e-7)
+        costs = GivenCosts(4e-7, put_s, copy_s_per_byte=1e-7)
         store = MemoryStore()
         with opened(store, strategy=AsymCheck(policy=Never()), cost_model=costs) as checkpointer:
             checkpointer.save(0, state)

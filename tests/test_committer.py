@@ -407,7 +407,7 @@ def test_a_step_with_a_block_lost_is_not_committed(store: MemoryStore) -> None:
                 held.await_calls()
                 assert pending._attempt.encoded.wait(30)
                 if step % 2 == 0:
-                    pending._attempt.rows.pop(1)
+                    pending._attempt.block_packs.pop(1)
             pending._attempt.finished.wait(30)
         assert checkpointer.steps() == [1, 3]
         assert same(checkpointer.restore(), state)

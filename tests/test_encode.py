@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from states import drifted, training_state
 from asymcheck.attempt import Attempt
 from asymcheck.buffers import BufferPool
 from asymcheck.codecs import PlaneCodec, TopKCodec, codec_by_name
-from asymcheck.codecs.base import Column
+from asymcheck.codecs.base import Codec, Column
 from asymcheck.cost import CostModel
 from asymcheck.encode import MIN_CAPTURE_BUFFERS, CapturedUnit, Encoder
 from asymcheck.errors import CaptureTimeoutError, CodecError
@@ -86,7 +86,7 @@ class Bench:
         sources = numpy_view(state).sources
         for column in captured.columns:
             sources[column.source].read_into(captured.unit.start, captured.unit.count, column.view)
-        captured.ready.set_result(None)
+        captured.note_captured()
 
     def save(self, state: Any, reference: Reference | None = None, **more: Any) -> Attempt:
         attempt = self.begin(state, reference, **more)
@@ -115,14 +115,35 @@ def bench(benches: list[Bench], store: MemoryStore, **options: Any) -> Bench:
     return benches[-1]
 
 
+class Row(NamedTuple):
+    source: int
+    start: int
+    count: int
+    codec: Codec
+    pack: int
+    offset: int
+    nbytes: int
+    digest: str
+    raw: str
+
+
+def rows(attempt: Attempt) -> list[Row]:
+    """The blocks of an attempt so far."""
+    b = attempt.blocks
+    codecs = [attempt.codecs[codec] for codec in b.codec]
+    packs = [pack.sequence for pack in attempt.block_packs]
+    columns = (b.shard, b.start, b.count, codecs, packs, b.offset, b.nbytes, b.digest, b.raw)
+    return [Row(*row) for row in zip(*columns, strict=True)]
+
+
 def decoded(store: MemoryStore, attempt: Attempt, olds: dict[int, np.ndarray] | None = None):
     """All sources of an attempt, from the store; every digest is checked."""
     plan = attempt.plan
     out = {i: np.zeros(spec.nbytes, np.uint8) for i, spec in enumerate(plan.specs)}
     keys = [pack.key for pack in attempt.packs]
-    for row in attempt.rows:
+    for row in rows(attempt):
         spec = plan.specs[row.source]
-        stored = store.objects[keys[row.pack.sequence]][row.offset : row.offset + row.nbytes]
+        stored = store.objects[keys[row.pack]][row.offset : row.offset + row.nbytes]
         assert xxhash.xxh3_128_hexdigest(stored) == row.digest
         begin, end = row.start * spec.itemsize, (row.start + row.count) * spec.itemsize
         old = olds[row.source][begin:end] if olds is not None else None
@@ -161,7 +182,7 @@ def test_everything_captured_is_stored(
 
 def test_packs_have_the_size_asked_for(store: MemoryStore, benches: list[Bench]) -> None:
     attempt = bench(benches, store, pack_nbytes=30_000).save(training_state(0, 30_000))
-    largest = max(row.nbytes for row in attempt.rows)
+    largest = max(row.nbytes for row in rows(attempt))
     assert all(30_000 - largest <= pack.nbytes <= 30_000 for pack in attempt.packs[:-1])
 
 
@@ -192,7 +213,7 @@ def test_raw_and_coded_leaves_of_one_parameter(
     state = training_state(1, 100_000)
     attempt = used.save(state)
     assert as_bytes(decoded(store, attempt)) == bytes_of(state)
-    codecs = {(attempt.plan.specs[r.source].kind, r.codec.id) for r in attempt.rows}
+    codecs = {(attempt.plan.specs[r.source].kind, r.codec.id) for r in rows(attempt)}
     assert {("exp_avg", "raw"), ("exp_avg_sq", "raw"), ("half", "plane")} <= codecs
     assert used.capture_pool.used_nbytes == used.pack_pool.used_nbytes == 0
 
@@ -257,7 +278,7 @@ def test_what_does_not_get_smaller_is_stored_as_it_is(
     assert attempt.error is None
     assert as_bytes(decoded(store, attempt, olds)) == bytes_of(state)
     assert attempt.stored_nbytes <= 3 * BUFFER + 8 + 500
-    raw = {attempt.plan.specs[row.source].path for row in attempt.rows if row.codec.id == "raw"}
+    raw = {attempt.plan.specs[row.source].path for row in rows(attempt) if row.codec.id == "raw"}
     assert raw == {"params/w", "params/tiny"}
     assert attempt.used_base == (codec in ("delta", "topk"))
 
@@ -281,7 +302,7 @@ def test_increments_decode_from_the_predecessor(store: MemoryStore, benches: lis
         attempt = used.save(
             state, reference, base_step=attempt.step, predecessor_encoded=attempt.encoded
         )
-        large = {row.codec.id for row in attempt.rows if row.count > 7}
+        large = {row.codec.id for row in rows(attempt) if row.count > 7}
         assert attempt.used_base and large == {"delta"}
         olds = decoded(store, attempt, olds)
         assert as_bytes(olds) == bytes_of(state)
@@ -299,7 +320,7 @@ def test_an_increment_waits_until_the_predecessor_is_encoded(
         used.capture(captured, state)
     used.encoder.end(later)
     assert not later.flushed.wait(0.2)
-    assert later.rows == []
+    assert rows(later) == []
     encoded.set()
     assert later.flushed.wait(30)
     assert as_bytes(decoded(store, later, decoded(store, attempt))) == bytes_of(state)
@@ -404,7 +425,7 @@ def test_giving_up_for_want_of_memory_leaks_none(
         raise AssertionError("there was memory enough")
     attempt.fail(raised.value)
     for captured in placed:
-        captured.ready.set_result(None)
+        captured.note_captured()
     used.encoder.end(attempt)
     assert attempt.flushed.wait(30)
     assert used.capture_pool.used_nbytes == used.pack_pool.used_nbytes == 0

@@ -142,10 +142,11 @@ class Connection:
         with self._cloud.lock:
             return sorted(key for key in self._cloud.objects if key.startswith(prefix))
 
-    def delete(self, key: str) -> None:
-        self._call()
-        with self._cloud.lock:
-            self._cloud.objects.pop(key, None)
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            self._call()
+            with self._cloud.lock:
+                self._cloud.objects.pop(key, None)
 
     def clear_stale_temporaries(self) -> int:
         return 0

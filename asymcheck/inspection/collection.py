@@ -139,11 +139,11 @@ class _RecordingStore:
         """See `Store.list`."""
         return self._store.list(prefix)
 
-    def delete(self, key: str) -> None:
-        """Note the key, and remove the object unless it is kept."""
-        self.deleted.append(key)
+    def delete(self, *keys: str) -> None:
+        """Note the keys, and remove the objects unless they are kept."""
+        self.deleted += keys
         if not self._keep:
-            self._store.delete(key)
+            self._store.delete(*keys)
 
     def clear_stale_temporaries(self) -> int:
         """Note how many, and remove them unless they are kept."""

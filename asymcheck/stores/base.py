@@ -89,8 +89,11 @@ class Store(Protocol):
         """All keys that start with `prefix` (a key prefix that ends in `/`, or empty), sorted."""
         ...
 
-    def delete(self, key: str) -> None:
-        """Remove an object; no error if it is not there."""
+    def delete(self, *keys: str) -> None:
+        """Remove objects, in any order; no error for those that are not there.
+
+        On return the removals are as durable as this store makes things.
+        """
         ...
 
     def clear_stale_temporaries(self) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 from asymcheck.errors import (
@@ -127,21 +129,15 @@ class LocalStore:
         except ObjectNotFoundError:
             return []
 
-    def delete(self, key: str) -> None:
-        """Remove an object, and the directories that it leaves empty, durably.
+    def delete(self, *keys: str) -> None:
+        """Remove objects, and the directories that they leave empty, durably.
 
-        No error if it is not there.
+        Objects of one directory cost one sync together. No error for those that are not there.
         """
-        path = self._root / check_key(key)
-        with changing("delete", self._url, key):
-            try:
-                self._directories.check(path.parent)
-                self._filesystem.unlink(path)
-            except (NotADirectoryError, IsADirectoryError):
-                return
-            except FileNotFoundError:
-                pass  # but perhaps nobody has made that durable
-            self._directories.remove_empty(path.parent)
+        for key in keys:
+            check_key(key)
+        for parent, siblings in groupby(sorted(keys), lambda key: key.rpartition("/")[0]):
+            self._delete_siblings(self._root / parent, list(siblings))
 
     def clear_stale_temporaries(self) -> int:
         """Remove the temporary files of writers that died; return how many.
@@ -155,6 +151,20 @@ class LocalStore:
     def close(self) -> None:
         """Free the write buffers."""
         self._direct_writer.close()
+
+    def _delete_siblings(self, directory: Path, keys: Sequence[str]) -> None:
+        with changing("delete", self._url, keys[0]):
+            try:
+                self._directories.check(directory)
+            except NotADirectoryError:
+                return
+            except FileNotFoundError:
+                pass  # but perhaps nobody has made that durable
+        for key in keys:
+            with changing("delete", self._url, key), suppress(FileNotFoundError, IsADirectoryError):
+                self._filesystem.unlink(self._root / key)
+        with changing("delete", self._url, keys[0]):
+            self._directories.remove_empty(directory)
 
     def _status(self, key: str) -> FileStatus:
         path = self._root / check_key(key)

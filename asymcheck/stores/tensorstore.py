@@ -106,12 +106,14 @@ class KeyValueStore:
             found = [key.decode(errors="replace") for key in self._kvstore.list(keys).result()]
         return sorted(key for key in found if is_key(key))
 
-    def delete(self, key: str) -> None:
-        """Remove an object; no error if it is not there."""
-        if not self._exists(key):  # deleting makes the file driver create directories
-            return
-        with _typed_errors("delete", self._url, key):
-            self._kvstore.write(key, None).result()
+    def delete(self, *keys: str) -> None:
+        """Remove objects, all at once; no error for those that are not there."""
+        # Deleting what is not there makes the file driver create directories.
+        present = [key for key in [check_key(key) for key in keys] if self._exists(key)]
+        removals = [(key, self._kvstore.write(key, None)) for key in present]
+        for key, removal in removals:
+            with _typed_errors("delete", self._url, key):
+                removal.result()
 
     def clear_stale_temporaries(self) -> int:
         """Nothing to remove: TensorStore's stale locks are overwritten by the next writer."""

@@ -186,9 +186,7 @@ class StoreContract:
     def test_deletes_many_at_once(self, store: Store) -> None:
         for key in ("a", "steps/1/a", "steps/1/b", "steps/2/a", "steps/2/b/c", "steps/3/a"):
             store.put(key, memoryview(b"x"))
-        store.delete(
-            "steps/2/b/c", "a", "steps/1/b", "missing", "steps/9/a", "steps/2/a", "steps/1/a"
-        )
+        store.delete("steps/2/b/c", "a", "steps/1/b", "missing", "steps/9/a", "steps/2/a")
         assert store.list("") == ["steps/1/a", "steps/3/a"]
 
     def test_deletes_nothing_if_a_key_is_bad(self, store: Store) -> None:

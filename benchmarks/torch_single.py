@@ -52,6 +52,8 @@ VARIANTS = (
     *ASYMCHECK,
 )
 WARMUP_STEPS = 2
+WARMUP_CHECKPOINTS = 2  # they start processes and touch memory for the first time
+RESTORES = 3
 
 
 # -- one variant, in a process of its own ------------------------------------------------------
@@ -276,9 +278,10 @@ def run_variant(args: argparse.Namespace) -> None:
         checkpoints = Ours(args, model, optimizer)
     else:
         checkpoints = Rival(args, model, optimizer)
-    for step in range(1, args.every + 1):  # the first checkpoint starts processes, touches memory
+    first = WARMUP_CHECKPOINTS * args.every + 1
+    for step in range(1, first):
         one_step(model, optimizer, batch, checkpoints, step)
-    timed = range(args.every + 1, args.every + args.steps + 1)
+    timed = range(first, first + args.steps)
     begun_s = time.perf_counter()
     stalls = {step: one_step(model, optimizer, batch, checkpoints, step) for step in timed}
     seconds = time.perf_counter() - begun_s
@@ -306,16 +309,19 @@ def run_restore(args: argparse.Namespace) -> None:
     last = Path(args.last)
     one_step(model, optimizer, batch, NoCheckpoints(), 0)  # optimizer state exists, as in a restart
     files = sorted(f for f in last.rglob("*") if f.is_file() and f.stat().st_size > 1 << 16)
-    drop_caches()
-    begun_s = time.perf_counter()
-    restore(args, last, model, optimizer)
-    restore_s = time.perf_counter() - begun_s
-    drop_caches()
     if args.variant in ASYMCHECK:  # two steps are kept: read one
         newest = max(f.parent.name for f in files)
         files = [f for f in files if f.parent.name == newest]
-    nbytes, read_s = read_raw(files)
-    print(json.dumps({"restore_s": restore_s, "raw_read_s": read_s, "raw_read_nbytes": nbytes}))
+    restores_s: list[float] = []
+    reads_s: list[float] = []
+    for _ in range(RESTORES):
+        drop_caches()
+        begun_s = time.perf_counter()
+        restore(args, last, model, optimizer)
+        restores_s.append(time.perf_counter() - begun_s)
+        drop_caches()
+        reads_s.append(read_raw(files))
+    print(json.dumps({"restore_s": restores_s, "raw_read_s": reads_s}))
 
 
 def restore(args: argparse.Namespace, last: Path, model: Any, optimizer: Any) -> None:
@@ -341,21 +347,20 @@ def drop_caches() -> None:
         print("page cache not dropped: not allowed here", file=sys.stderr)
 
 
-def read_raw(files: list[Path]) -> tuple[int, float]:
-    """Read files with two threads into one reused buffer each: the disk's own speed."""
+def read_raw(files: list[Path]) -> float:
+    """Seconds to read files with two threads into one reused buffer each: the disk's own speed."""
     from concurrent.futures import ThreadPoolExecutor
 
-    def read(path: Path) -> int:
-        buffer, total = bytearray(8 << 20), 0
+    def read(path: Path) -> None:
+        buffer = bytearray(8 << 20)
         with path.open("rb", buffering=0) as file:
-            while n := file.readinto(buffer):
-                total += n
-        return total
+            while file.readinto(buffer):
+                pass
 
     begun_s = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        nbytes = sum(pool.map(read, files))
-    return nbytes, time.perf_counter() - begun_s
+        list(pool.map(read, files))
+    return time.perf_counter() - begun_s
 
 
 # -- the parent --------------------------------------------------------------------------------
@@ -417,8 +422,12 @@ def summarise(args: argparse.Namespace, results: list[dict[str, Any]]) -> list[d
                 row["stored_nbytes"] = median(r["stored"] for r in runs)
                 row["peak_extra_nbytes"] = median(r["peak_extra"] for r in runs)
             if "restore_s" in runs[0]:
-                row["restore_s"] = runs[0]["restore_s"]
-                row["restore_share_of_disk"] = runs[0]["raw_read_s"] / runs[0]["restore_s"]
+                restores_s = runs[0]["restore_s"]
+                row["restore_s"] = median(restores_s)
+                row["restore_share_of_disk"] = median(
+                    read_s / restore_s
+                    for read_s, restore_s in zip(runs[0]["raw_read_s"], restores_s, strict=True)
+                )
             rows.append(row)
     return rows
 

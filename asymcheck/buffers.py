@@ -94,10 +94,11 @@ class BufferPool:
             return self._allocated_nbytes - len(self._free) * self.buffer_nbytes
 
     def limit(self, max_nbytes: int) -> None:
-        """Lower the bound: buffers above it are given up as they come back."""
+        """Change the bound: buffers above it are given up as they come back."""
         with self.condition:
             self._max_nbytes = max_nbytes
             self._trim()
+            self.condition.notify_all()
 
     def acquire(self) -> Buffer:
         """A buffer; blocks while all are in use.

@@ -366,6 +366,10 @@ class Checkpointer:
         self._increments.forget()  # perhaps one of these: nothing may build on it
         return sorted(c.step for c in later)
 
+    def start_chain(self) -> None:
+        """The next step is stored in full: the one before may be gone when it is read."""
+        self._increments.forget()
+
     # -- life cycle ------------------------------------------------------------------------
 
     @property

@@ -1,6 +1,6 @@
 """Which step may be an increment to which, and the predecessor's bytes that this takes.
 
-Holding the predecessor costs host memory of the size of the state, so it is done only where the
+Holding the predecessor costs host memory of the size of the state, so it is done only while the
 policy would use it and `max_host_bytes` allows it; otherwise every step is stored in full.
 """
 
@@ -59,7 +59,7 @@ class Increments:
         Bases stand at fixed numbers, so that the writers agree on them without talking.
         """
         base = self._predecessor(step, number, plan)
-        self._keep_reference(plan, pipeline)
+        self._keep_reference(plan, pipeline, needed=base is not None)
         return base.step if base is not None and self.reference is not None else None
 
     def begun(self, attempt: Attempt) -> None:
@@ -78,22 +78,32 @@ class Increments:
         whole = reference.holds == last.name and reference.signature == plan.signature
         return last if whole and last.error is None and last.step < step else None
 
-    def _keep_reference(self, plan: Plan, pipeline: Pipeline) -> None:
-        if self.reference is not None and self.reference.signature != plan.signature:
+    def _keep_reference(self, plan: Plan, pipeline: Pipeline, *, needed: bool) -> None:
+        """Have a reference, or none, as the policy wants it; unless `needed` it may be dropped."""
+        if self.reference is not None and not needed and not self._is_wanted(plan, pipeline):
             self.reference = None
             self._dropped_in_use = self._last.encoded if self._last is not None else None
-        if self.reference is not None or self._max_chain == 0:
-            return
-        if not self._policy.wants_base(_nbytes_by_class(plan), pipeline.cost):
+        dropped = self._dropped_in_use
+        if self.reference is not None or (dropped is not None and not dropped.is_set()):
+            return  # its memory is taken
+        if not self._is_wanted(plan, pipeline):
+            pipeline.capture_pool.limit(pipeline.capture_nbytes)
             return
         left = pipeline.capture_nbytes - plan.nbytes
         if left < MIN_CAPTURE_BUFFERS * pipeline.buffer_nbytes:
             self._warn(plan, pipeline)
             return
         pipeline.capture_pool.limit(left)
-        in_use = self._dropped_in_use is not None and not self._dropped_in_use.is_set()
-        if pipeline.capture_pool.allocated_nbytes <= left and not in_use:
+        if pipeline.capture_pool.allocated_nbytes <= left:
             self.reference = Reference(plan)  # else at a later step, when the memory is free
+
+    def _is_wanted(self, plan: Plan, pipeline: Pipeline) -> bool:
+        """Whether a reference would be used, and the one there is, if any, is of this plan."""
+        if self.reference is not None and self.reference.signature != plan.signature:
+            return False
+        if self._max_chain == 0:
+            return False
+        return self._policy.wants_base(_nbytes_by_class(plan), pipeline.cost)
 
     def _warn(self, plan: Plan, pipeline: Pipeline) -> None:
         if self._warned_about != plan.signature:

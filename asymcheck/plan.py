@@ -85,10 +85,12 @@ def make_plan(
         max_unit_nbytes: bound on the bytes of one unit (a host buffer).
 
     Raises:
-        UnsupportedStateError: two sources have the same path, or a leaf exceeds the format's
+        UnsupportedStateError: two leaves have the same path, or a leaf exceeds the format's
             limits, or one element the host memory.
     """
-    _check_leaves(sources, aliases)
+    specs = list(dict.fromkeys(s.leaf for s in sources))
+    _check_leaves(specs, aliases)
+    _check_boxes(sources)
     groups = _groups(sources)
     schedule = plan_partitions(groups, windows)
     ordinals = {(w.phase, w.index): i for i, w in enumerate(windows)}
@@ -99,8 +101,8 @@ def make_plan(
     return Plan(
         signature=signature_of(sources, aliases),
         nbytes=schedule.nbytes,
-        leaves=[_leaf(s.leaf, aliases.get(s.leaf.path, ())) for s in sources],
-        shards=[Shard(i, list(s.shard.offset), list(s.shard.shape)) for i, s in enumerate(sources)],
+        leaves=[_leaf(spec, aliases.get(spec.path, ())) for spec in specs],
+        shards=_shards(sources, {spec: i for i, spec in enumerate(specs)}),
         specs=tuple(s.leaf for s in sources),
         itemsizes=tuple(s.leaf.itemsize for s in sources),
         classes=tuple((s.leaf.kind, s.leaf.dtype) for s in sources),
@@ -120,10 +122,14 @@ def make_plan(
     )
 
 
-def _check_leaves(sources: Sequence[LeafSource], aliases: Mapping[str, Sequence[str]]) -> None:
-    paths = [s.leaf.path for s in sources] + [
-        path for others in aliases.values() for path in others
+def _shards(sources: Sequence[LeafSource], leaf_index: Mapping[LeafSpec, int]) -> list[Shard]:
+    return [
+        Shard(leaf_index[s.leaf], list(s.shard.offset), list(s.shard.shape)) for s in sources
     ]
+
+
+def _check_leaves(specs: Sequence[LeafSpec], aliases: Mapping[str, Sequence[str]]) -> None:
+    paths = [spec.path for spec in specs] + [path for others in aliases.values() for path in others]
     repeated = [p for p, n in Counter(paths).items() if n > 1]
     if repeated:
         raise UnsupportedStateError("two leaves have the same path", leaf=repeated[0])
@@ -132,13 +138,20 @@ def _check_leaves(sources: Sequence[LeafSource], aliases: Mapping[str, Sequence[
         raise UnsupportedStateError(
             f"a path is longer than {MAX_TEXT} characters", leaf=f"{too_long[0][:80]}..."
         )
-    for leaf in (s.leaf for s in sources):
+    for leaf in specs:
         if len(leaf.shape) > MAX_RANK:
             raise UnsupportedStateError(
                 f"an array has more than {MAX_RANK} dimensions",
                 leaf=leaf.path,
                 found=len(leaf.shape),
             )
+
+
+def _check_boxes(sources: Sequence[LeafSource]) -> None:
+    boxes = Counter((s.leaf.path, s.shard) for s in sources)
+    repeated = [path for (path, _), n in boxes.items() if n > 1]
+    if repeated:
+        raise UnsupportedStateError("two leaves have the same path", leaf=repeated[0])
 
 
 def _groups(sources: Sequence[LeafSource]) -> list[SourceGroup]:

@@ -36,8 +36,14 @@ def default_threads() -> int:
 class Destination:
     """A box of a leaf, wanted in `out`: its bytes in row-major order (contiguous uint8)."""
 
+    path: str
     shard: ShardSpec
     out: NDArray[np.uint8]
+
+
+def whole(path: str, array: NDArray[Any]) -> Destination:
+    """A whole leaf, wanted in a contiguous array."""
+    return Destination(path, ShardSpec.whole(array.shape), array.reshape(-1).view(np.uint8))
 
 
 class LazyArray:
@@ -76,7 +82,7 @@ class LazyArray:
         box, residual = _box_of(self._spec, index)
         array = np.empty(box.shape, self.dtype)
         flat = array.reshape(-1).view(np.uint8)
-        self._checkpoint.read_into({self._spec.path: Destination(box, flat)})
+        self._checkpoint.read_into([Destination(self._spec.path, box, flat)])
         return array[residual]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -181,7 +187,7 @@ class Checkpoint(Mapping[str, LazyArray]):
     def _leaf(self, path: str) -> LeafIndex:
         return self._chain[0].leaves[self.aliases.get(path, path)]
 
-    def read_into(self, destinations: Mapping[str, Destination]) -> None:
+    def read_into(self, destinations: Iterable[Destination]) -> None:
         """Fill boxes of leaves, in parallel, straight into the memory given.
 
         On an error the contents of the destinations are undefined.
@@ -192,8 +198,8 @@ class Checkpoint(Mapping[str, LazyArray]):
         """
         wants: list[Want] = []
         moves: list[Callable[[], None]] = []
-        for path, destination in destinations.items():
-            leaf = self._leaf(path)
+        for destination in destinations:
+            leaf = self._leaf(destination.path)
             wants.extend(
                 _want(leaf.spec, destination, overlap, moves)
                 for overlap in overlaps(destination.shard, list(leaf.boxes))
@@ -207,12 +213,7 @@ class Checkpoint(Mapping[str, LazyArray]):
         arrays = {
             path: np.empty(spec.shape, dtype_of(spec.dtype)) for path, spec in self.leaves.items()
         }
-        self.read_into(
-            {
-                path: Destination(ShardSpec.whole(array.shape), array.reshape(-1).view(np.uint8))
-                for path, array in arrays.items()
-            }
-        )
+        self.read_into(whole(path, array) for path, array in arrays.items())
         return tree.unflatten(self.structure, arrays.__getitem__)
 
     def verify(self) -> None:
@@ -232,7 +233,7 @@ class Checkpoint(Mapping[str, LazyArray]):
                             expected=f"{pack.nbytes} bytes",
                         )
         for batch in _batches(self._chain[0].blocks()):
-            self._reader.read([_whole(stored) for stored in batch])
+            self._reader.read([_whole_block(stored) for stored in batch])
 
     def close(self) -> None:
         """Release the store."""
@@ -263,7 +264,7 @@ def _batches(blocks: Iterable[StoredBlock]) -> Iterator[list[StoredBlock]]:
     yield batch
 
 
-def _whole(stored: StoredBlock) -> Want:
+def _whole_block(stored: StoredBlock) -> Want:
     block, box = stored.block, stored.box
     out = np.empty(stored.nbytes, np.uint8)
     return Want(box.leaf.path, box.shard, block.start, block.stop, out)
@@ -344,12 +345,7 @@ def fill_target(checkpoint: Checkpoint, target: object) -> Any:
             "the target differs from the checkpoint: " + "; ".join(problems), step=checkpoint.step
         )
     buffers = {p: a if _fillable(a) else np.empty(a.shape, a.dtype) for p, a in arrays.items()}
-    checkpoint.read_into(
-        {
-            path: Destination(ShardSpec.whole(a.shape), a.reshape(-1).view(np.uint8))
-            for path, a in buffers.items()
-        }
-    )
+    checkpoint.read_into(whole(path, array) for path, array in buffers.items())
     for path, array in arrays.items():
         if buffers[path] is not array and array.flags.writeable:
             np.copyto(array, buffers[path])

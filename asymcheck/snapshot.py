@@ -70,6 +70,19 @@ class Capture:
         with self._state:
             self._idle = False
 
+    def fail(self, error: BaseException) -> None:
+        """Give the step up."""
+        self._attempt.fail(error)
+
+    def await_captured(self, timeout_s: float) -> bool:
+        """Wait until everything is captured; False if that takes too long."""
+        with self._state:
+            return self._state.wait_for(self._is_captured, timeout_s)
+
+    def _is_captured(self) -> bool:
+        over = self._position >= len(self._attempt.plan.units) or self._attempt.error is not None
+        return over and self._copying == 0
+
     def add_stall(self, seconds: float) -> None:
         """Count time for which the adapter held up training for this snapshot."""
         self._attempt.stall_s += seconds

@@ -123,7 +123,7 @@ class StateView:
 
     Attributes:
         structure: how the leaves make up the state (see `asymcheck.tree`).
-        sources: what this writer holds; leaf paths are unique.
+        sources: what this writer holds: disjoint boxes of leaves.
         aliases: leaf path -> further paths of the same leaf.
     """
 

@@ -83,10 +83,11 @@ class _Plan:
 
     def read(self) -> None:
         """Fill all targets: contiguous CPU memory directly, the rest by way of bounded buffers."""
-        direct, bounced = {}, []
+        direct: list[Destination] = []
+        bounced: list[tuple[str, torch.Tensor]] = []
         for path, tensor in self.targets.items():
             if tensor.device.type == "cpu" and tensor.is_contiguous():
-                direct[path] = Destination(ShardSpec.whole(tensor.shape), byte_view(tensor))
+                direct.append(_destination(path, tensor))
             else:
                 bounced.append((path, tensor.detach()))
         self.checkpoint.read_into(direct)
@@ -98,11 +99,13 @@ class _Plan:
             path: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             for path, tensor in batch
         }
-        self.checkpoint.read_into(
-            {p: Destination(ShardSpec.whole(t.shape), byte_view(t)) for p, t in beside.items()}
-        )
+        self.checkpoint.read_into(_destination(path, tensor) for path, tensor in beside.items())
         for path, tensor in batch:
             tensor.copy_(beside[path])
+
+
+def _destination(path: str, tensor: torch.Tensor) -> Destination:
+    return Destination(path, ShardSpec.whole(tensor.shape), byte_view(tensor))
 
 
 def _batches(

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from asymcheck import tree
 from asymcheck.errors import FormatError, StateMismatchError
-from asymcheck.reader import Checkpoint, Destination
-from asymcheck.state import ShardSpec, dtype_of
+from asymcheck.reader import Checkpoint, whole
+from asymcheck.state import dtype_of
 from asymcheck_torch.extras import map_arrays
 from asymcheck_torch.optimizers import RESERVED
 from asymcheck_torch.tensors import tensor_of
@@ -39,12 +39,7 @@ def read_arrays(checkpoint: Checkpoint, paths: Iterable[str]) -> dict[str, NDArr
     """Whole leaves as fresh NumPy arrays, by path."""
     specs = {path: checkpoint.leaves[path] for path in paths}
     arrays = {p: np.empty(spec.shape, dtype_of(spec.dtype)) for p, spec in specs.items()}
-    checkpoint.read_into(
-        {
-            path: Destination(ShardSpec.whole(array.shape), array.reshape(-1).view(np.uint8))
-            for path, array in arrays.items()
-        }
-    )
+    checkpoint.read_into(whole(path, array) for path, array in arrays.items())
     return arrays
 
 

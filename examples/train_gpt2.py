@@ -162,12 +162,17 @@ def run(args: argparse.Namespace, name: str, kill_after: int | None = None) -> l
 def kill_in_save(process: subprocess.Popen[str], root: Path) -> None:
     """SIGKILL as soon as packs of a step lie in the store and its commit record does not."""
     while process.poll() is None:
-        torn = steps_in_data(root) - steps_committed(root)
-        if torn:
+        if torn_steps(root):
             process.send_signal(signal.SIGKILL)
             return
         time.sleep(0.0005)
     sys.exit("the run ended before it could be killed in the middle of a save")
+
+
+def torn_steps(root: Path) -> set[int]:
+    """Steps with packs but no commit record (older ones are being removed by the retention)."""
+    newest = max(steps_committed(root), default=-1)
+    return {step for step in steps_in_data(root) if step > newest}
 
 
 def steps_in_data(root: Path) -> set[int]:
@@ -190,9 +195,7 @@ def main(args: argparse.Namespace) -> int:
     kill_after = args.steps // 2
     reference = run(args, "reference")
     killed = run(args, "killed", kill_after)
-    torn = steps_in_data(args.directory / "checkpoints") - steps_committed(
-        args.directory / "checkpoints"
-    )
+    torn = torn_steps(args.directory / "checkpoints")
     print(f"killed with SIGKILL while step {max(torn, default='?')} was being saved")
     resumed = run(args, "resumed")
     same_losses = losses(resumed) == {

@@ -242,6 +242,18 @@ def test_nothing_builds_on_a_discarded_step(store: MemoryStore) -> None:
         assert read_commit(store, 4)[0].parent is None
 
 
+def test_a_chain_is_begun_when_asked_for(store: MemoryStore) -> None:
+    state = training_state(6)
+    with opened(store, strategy=DELTA) as checkpointer:
+        for step in range(5):
+            if step == 3:
+                checkpointer.start_chain()
+            checkpointer.save(step, drifted(state, step))
+        checkpointer.wait()
+        assert same(checkpointer.restore(4), drifted(state, 4))
+    assert [read_commit(store, s)[0].depth for s in range(5)] == [0, 1, 2, 0, 1]
+
+
 # -- falling back ------------------------------------------------------------------------------
 
 
@@ -554,6 +566,34 @@ class Later:
     def wants_base(self, nbytes_by_class: Any, cost: CostModel) -> bool:
         self.asked += 1
         return self.asked > self._after
+
+
+class Fickle(Later):
+    """Wants a base as long as it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.wants = True
+
+    def wants_base(self, nbytes_by_class: Any, cost: CostModel) -> bool:
+        return self.wants
+
+
+def test_a_reference_that_no_longer_pays_is_let_go_with_the_chain(store: MemoryStore) -> None:
+    policy, state = Fickle(), training_state(19)
+    with opened(store, strategy=AsymCheck(policy=policy), max_chain=2) as checkpointer:
+        for step in range(9):
+            policy.wants = step < 2 or step >= 5
+            checkpointer.save(step, drifted(state, step)).wait()
+            held = checkpointer._increments.reference is not None
+            assert held == (step in (0, 1, 2, 5, 6, 7, 8)), step
+            pipeline = checkpointer._pipeline
+            assert pipeline is not None
+            left_nbytes = pipeline.capture_nbytes - checkpointer._increments.nbytes
+            assert pipeline.capture_pool._max_nbytes == left_nbytes
+        for step in range(9):
+            assert same(checkpointer.restore(step), drifted(state, step))
+    assert [read_commit(store, s)[0].depth for s in range(9)] == [0, 1, 2, 0, 0, 0, 0, 1, 2]
 
 
 def test_the_reference_waits_for_the_memory_that_capture_uses(store: MemoryStore) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from asymcheck.errors import UnsupportedStateError
 from asymcheck.manifest import MAX_RANK, MAX_TEXT, Shard
 from asymcheck.partition import Phase, Window, owned_range
 from asymcheck.plan import BLOCK_NBYTES, Plan, make_plan, signature_of
-from asymcheck.state import ArraySource, LeafSpec, StateView, numpy_view
+from asymcheck.state import ArraySource, LeafSpec, ShardSpec, StateView, numpy_view
 
 ONE_WINDOW = [Window(Phase.FORWARD, 0, 0.0)]
 WINDOWS = st.lists(st.floats(0, 1), min_size=1, max_size=6).flatmap(
@@ -26,6 +26,27 @@ WINDOWS = st.lists(st.floats(0, 1), min_size=1, max_size=6).flatmap(
         ]
     )
 )
+
+
+@dataclass
+class Box:
+    """A part of a leaf of shape (4, 4), as a source that is never read."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    leaf = LeafSpec("w", "float32", (4, 4))
+    group = "w"
+
+    @property
+    def shard(self) -> ShardSpec:
+        return ShardSpec(self.offset, self.shape)
+
+    @property
+    def owned(self) -> tuple[int, int]:
+        return 0, self.shard.size
+
+    def read_into(self, start: int, count: int, out: Any) -> None:
+        raise NotImplementedError
 
 
 def planned(view: StateView, windows: Any = ONE_WINDOW, max_unit_nbytes: int = 1 << 20) -> Plan:
@@ -175,6 +196,14 @@ def test_signatures_tell_ties_and_shares_apart() -> None:
     half = owned_by(free, 0, 2)
     signatures = [signature_of(v.sources, v.aliases) for v in (tied, free, half)]
     assert len(set(signatures)) == 3
+
+
+def test_several_boxes_of_one_leaf_are_shards_of_it() -> None:
+    halves = [Box((0, 0), (2, 3)), Box((2, 0), (2, 3)), Box((0, 3), (4, 1))]
+    plan = planned(StateView({"leaf": "w"}, tuple(halves)))
+    assert [leaf.path for leaf in plan.leaves] == ["w"]
+    assert plan.shards == [Shard(0, list(b.offset), list(b.shape)) for b in halves]
+    assert plan.nbytes == 4 * 16 and plan.block_count == 3
 
 
 def test_refuses_two_leaves_of_one_path() -> None:

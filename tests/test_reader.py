@@ -207,7 +207,7 @@ def test_saved_as_boxes_read_as_other_boxes(drawn: Any, data: st.DataObject) -> 
     for box in (*wanted, some_box):
         cut = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
         out = np.zeros(box.size * second.itemsize, np.uint8)
-        checkpoint.read_into({"w": Destination(box, out)})
+        checkpoint.read_into([Destination("w", box, out)])
         assert out.tobytes() == bits(second[cut])
         assert bits(checkpoint["w"][cut]) == bits(second[cut])
 
@@ -363,5 +363,5 @@ def test_boxes_may_be_read_whole_or_in_part(store: MemoryStore) -> None:
     checkpoint = saved(store, {"w": array})
     box = ShardSpec((1, 1, 0), (2, 2, 5))
     out = np.zeros(80, np.uint8)
-    checkpoint.read_into({"w": Destination(box, out)})
+    checkpoint.read_into([Destination("w", box, out)])
     assert np.array_equal(out.view(np.int32).reshape(2, 2, 5), array[1:, 1:3])

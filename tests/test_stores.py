@@ -444,6 +444,37 @@ class TestTemporaries:
         assert process_identity.is_gone(child.stdout.strip()) is True
 
 
+class TestAdoption:
+    def test_objects_live_as_long_as_any_store_has_them(self, tmp_path: Path) -> None:
+        first, second = LocalStore(tmp_path / "1"), LocalStore(tmp_path / "2")
+        for key in ("data/x/a", "data/x/b", "commits/1", "other"):
+            first.put(key, memoryview(key.encode()))
+        second.put("commits/1", memoryview(b"own"))
+        second.adopt(tmp_path / "1", ["data/x/a", "data/x/b", "commits/1"])
+        first.delete(*first.list(""))
+        assert second.list("") == ["commits/1", "data/x/a", "data/x/b"]
+        assert second.get("data/x/b", 100) == b"data/x/b"
+        assert second.get("commits/1", 100) == b"own"
+
+    def test_what_is_missing_or_cannot_be_linked_is_an_error(self, tmp_path: Path) -> None:
+        first = LocalStore(tmp_path / "1")
+        first.put("a/b", memoryview(b"x"))
+        with pytest.raises(StoreError, match="No such file"):
+            LocalStore(tmp_path / "2").adopt(tmp_path / "1", ["a/c"])
+        without_links = LocalStore(tmp_path / "3", FaultyFilesystem("link", errno.EPERM))
+        with pytest.raises(StorePermissionError, match="cannot link"):
+            without_links.adopt(tmp_path / "1", ["a/b"])
+        with pytest.raises(StoreError, match="relative path"):
+            LocalStore(tmp_path / "2").adopt(tmp_path / "1", ["../1/a/b"])
+
+    def test_names_are_durable_on_return(self) -> None:
+        filesystem = SimulatedFilesystem()
+        LocalStore("/1", filesystem).put("a/b", memoryview(b"x"))
+        LocalStore("/2", filesystem).adopt(Path("/1"), ["a/b"])
+        for seed in range(20):
+            assert LocalStore("/2", filesystem.crash(seed)).get("a/b", 1) == b"x"
+
+
 class TestRaces:
     def test_put_survives_the_removal_of_its_directory(self, tmp_path: Path) -> None:
         class Racing(Filesystem):

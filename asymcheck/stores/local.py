@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -138,6 +138,23 @@ class LocalStore:
             check_key(key)
         for parent, siblings in groupby(sorted(keys), lambda key: key.rpartition("/")[0]):
             self._delete_siblings(self._root / parent, list(siblings))
+
+    def adopt(self, root: Path, keys: Iterable[str]) -> None:
+        """Give objects of another local store the same keys in this one, durably (hard links).
+
+        Nothing is copied. What has its key here already stays.
+
+        Raises:
+            StoreError: an object is not there, or the file system has no hard links; some may
+                have been adopted.
+        """
+        for parent, siblings in groupby(sorted(keys), lambda key: key.rpartition("/")[0]):
+            directory = self._root / parent
+            with changing("link", self._url, parent):
+                self._directories.ensure(directory)
+                for key in siblings:
+                    _named(self._filesystem.link, root / check_key(key), self._root / key)
+                self._filesystem.sync_directory(directory)
 
     def clear_stale_temporaries(self) -> int:
         """Remove the temporary files of writers that died; return how many.

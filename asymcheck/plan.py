@@ -123,9 +123,7 @@ def make_plan(
 
 
 def _shards(sources: Sequence[LeafSource], leaf_index: Mapping[LeafSpec, int]) -> list[Shard]:
-    return [
-        Shard(leaf_index[s.leaf], list(s.shard.offset), list(s.shard.shape)) for s in sources
-    ]
+    return [Shard(leaf_index[s.leaf], list(s.shard.offset), list(s.shard.shape)) for s in sources]
 
 
 def _check_leaves(specs: Sequence[LeafSpec], aliases: Mapping[str, Sequence[str]]) -> None:

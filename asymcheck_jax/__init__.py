@@ -1,1 +1,20 @@
-"""The place of the JAX and Orbax adapter, which is not written yet."""
+"""AsymCheck for JAX: a checkpoint handler for Orbax, and reading checkpoints as JAX arrays.
+
+manager = ocp.CheckpointManager(directory, item_handlers=asymcheck_jax.AsymCheckHandler())
+manager.save(step, args=asymcheck_jax.AsymCheckSave(state))
+state = manager.restore(step, args=asymcheck_jax.AsymCheckRestore(state))
+"""
+
+from asymcheck_jax.arguments import AsymCheckRestore, AsymCheckSave
+from asymcheck_jax.donation import HeldDonation, hold_donation
+from asymcheck_jax.handler import AsymCheckHandler
+from asymcheck_jax.loading import load
+
+__all__ = [
+    "AsymCheckHandler",
+    "AsymCheckRestore",
+    "AsymCheckSave",
+    "HeldDonation",
+    "hold_donation",
+    "load",
+]

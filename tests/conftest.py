@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 from hypothesis import settings
 from memory_store import MemoryStore
+
+# Eight devices to shard over; must be set before anything imports JAX.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 settings.register_profile("asymcheck", deadline=None)
 settings.load_profile("asymcheck")

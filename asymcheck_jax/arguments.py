@@ -1,0 +1,41 @@
+"""What a user passes to Orbax to save and restore with AsymCheck."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from asymcheck_jax.handler import AsymCheckHandler
+
+
+@ocp.args.register_with_handler(AsymCheckHandler, for_save=True)
+@dataclass
+class AsymCheckSave(ocp.args.CheckpointArgs):
+    """Save a pytree, as `ocp.args.StandardSave` does.
+
+    Attributes:
+        item: a pytree of `jax.Array` (typed random keys included), NumPy arrays and scalars,
+            bool, int, float, complex, str, bytes and None.
+        metadata: a JSON object, kept with the step.
+    """
+
+    item: Any
+    metadata: dict[str, Any] | None = None
+
+
+@ocp.args.register_with_handler(AsymCheckHandler, for_restore=True)
+@dataclass
+class AsymCheckRestore(ocp.args.CheckpointArgs):
+    """Restore a pytree, as `ocp.args.StandardRestore` does.
+
+    Attributes:
+        item: a pytree of the structure, types, dtypes and shardings wanted: arrays,
+            `jax.ShapeDtypeStruct` or Python values; None for nested dictionaries, with arrays
+            on the default device.
+        cast: convert to the target's dtypes where they differ from what is stored.
+    """
+
+    item: Any = None
+    cast: bool = False

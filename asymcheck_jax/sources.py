@@ -1,0 +1,128 @@
+"""JAX arrays as the core sees them: the shards that this process stores, and their bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from asymcheck import tree
+from asymcheck.state import ArraySource, LeafSource, LeafSpec, ShardSpec, StateView, dtype_name
+from asymcheck_jax.trees import is_array, plain
+
+_MEMBERS = frozenset({"params", "mu", "nu", "trace", "ema", "m", "v"})
+
+
+@dataclass(slots=True)
+class DeviceShard:
+    """One shard of an array on an accelerator as a source.
+
+    `start` asks for the copy to the host; the first read waits for it. The array must not be
+    donated before everything is read.
+    """
+
+    leaf: LeafSpec
+    shard: ShardSpec
+    group: str
+    owned: tuple[int, int]
+    data: jax.Array
+    _host: NDArray[np.uint8] | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """Ask for the copy to the host; returns at once."""
+        self.data.copy_to_host_async()
+
+    def read_into(self, start: int, count: int, out: NDArray[np.uint8]) -> None:
+        """Copy elements [start, start + count) of the shard into `out`."""
+        if self._host is None:
+            self._host = _bytes_of(np.asarray(self.data))
+        begin = start * self.leaf.itemsize
+        np.copyto(out, self._host[begin : begin + len(out)])
+        if start + count == self.owned[1]:
+            self._host = None
+
+
+@dataclass(slots=True)
+class HostShard:
+    """One shard of an array in host memory (JAX on the CPU) as a source.
+
+    Holding a view of an array's memory keeps JAX from giving that memory to anybody else: an
+    array that is donated meanwhile is copied instead, by JAX.
+    """
+
+    leaf: LeafSpec
+    shard: ShardSpec
+    group: str
+    owned: tuple[int, int]
+    memory: NDArray[np.uint8]
+
+    def read_into(self, start: int, count: int, out: NDArray[np.uint8]) -> None:
+        """Copy elements [start, start + count) of the shard into `out`."""
+        begin = start * self.leaf.itemsize
+        np.copyto(out, self.memory[begin : begin + len(out)])
+
+
+def view_of(state: Any, process: int) -> StateView:
+    """A pytree as a `StateView`: of every array the shards that this process has to store.
+
+    Of the copies of a shard the one numbered 0 is stored, so each byte once over all processes.
+    What is no `jax.Array` is the same on all processes, and process 0 stores it; NumPy arrays are
+    copied, since they may change at any time.
+
+    Raises:
+        UnsupportedStateError: something cannot be stored; names its path.
+    """
+    flat = tree.flatten(plain(state), is_array, id)
+    sources: list[LeafSource] = []
+    for path, value in flat.leaves.items():
+        if isinstance(value, jax.Array):
+            sources += _shards(path, value)
+        elif process == 0:
+            sources.append(_host_array(path, value))
+    stored = {source.leaf.path for source in sources}
+    aliases = {path: others for path, others in flat.aliases.items() if path in stored}
+    return StateView(flat.structure, tuple(sources), aliases)
+
+
+def _shards(path: str, array: jax.Array) -> list[LeafSource]:
+    leaf = LeafSpec(path, dtype_name(np.dtype(array.dtype), path), array.shape)
+    group = _group(path)
+    found: list[LeafSource] = []
+    for part in array.addressable_shards:
+        if part.replica_id != 0:
+            continue
+        box = box_of(part.index, array.shape)
+        place = (leaf, box, group, (0, box.size))
+        if part.device.platform == "cpu":
+            found.append(HostShard(*place, _bytes_of(np.asarray(part.data))))
+        else:
+            found.append(DeviceShard(*place, part.data))
+    return found
+
+
+def _host_array(path: str, value: Any) -> ArraySource:
+    array = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.array(value)
+    leaf = LeafSpec(path, dtype_name(array.dtype, path), array.shape)
+    return ArraySource(leaf, array, _group(path), (0, leaf.size))
+
+
+def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> ShardSpec:
+    """The box that an index of slices selects in an array of that shape."""
+    ranges = [part.indices(n) for part, n in zip(index, shape, strict=True)]
+    return ShardSpec(
+        tuple(start for start, _, _ in ranges), tuple(stop - start for start, stop, _ in ranges)
+    )
+
+
+def _group(path: str) -> str:
+    """What moves together: a parameter and its moments, as optax and Flax name them."""
+    names = path.split("/")
+    cut = max((i for i, name in enumerate(names) if name in _MEMBERS), default=-1)
+    return "/".join(names[cut + 1 :]) or path

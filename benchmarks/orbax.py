@@ -1,0 +1,239 @@
+"""A 124 M-parameter TrainState through Orbax: AsymCheckHandler beside Orbax's own handler.
+
+Every variant runs in a process of its own, in turn, in rounds. Each saves three times and waits
+(blocking time, time to commit), then at every one of a few training steps without waiting (what
+`save` holds up training for in steady state), then restores from a cold page cache.
+
+    python benchmarks/orbax.py --rounds 3 --output build/orbax
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# In the place of this file's directory, where `import orbax` would find this file.
+sys.path[0] = str(Path(__file__).parents[1] / "examples")
+
+VARIANTS = ("orbax", "orbax-raw", "asymcheck-naive", "asymcheck")
+
+
+def make_handler(variant: str) -> tuple[Any, Any, Any]:
+    """A handler with the arguments to save and to restore."""
+    import orbax.checkpoint as ocp
+
+    import asymcheck_jax
+
+    if variant == "orbax":
+        return ocp.StandardCheckpointHandler(), ocp.args.StandardSave, ocp.args.StandardRestore
+    if variant == "orbax-raw":
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        return handler, ocp.args.PyTreeSave, _pytree_restore
+    handler = asymcheck_jax.AsymCheckHandler(strategy=variant)
+    return handler, asymcheck_jax.AsymCheckSave, asymcheck_jax.AsymCheckRestore
+
+
+def _pytree_restore(target: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.args.PyTreeRestore(
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+    )
+
+
+class MemoryPeak:
+    """The largest anonymous memory of this process since the beginning, sampled."""
+
+    def __init__(self) -> None:
+        self.baseline = self.peak = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.peak = max(self.peak, self._now())
+
+    def stop(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        return self.peak - self.baseline
+
+    @staticmethod
+    def _now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+
+
+def run_variant(args: argparse.Namespace) -> None:
+    import jax
+    import jax.numpy as jnp
+    import optax
+    import orbax.checkpoint as ocp
+    from flax import nnx
+    from gpt2_flax import GPT2, SMALL, TINY, loss_of
+
+    config = TINY if args.small else SMALL
+    optimizer = optax.adamw(3e-4)
+    graph, params = nnx.split(GPT2(config, nnx.Rngs(0)))
+    state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
+
+    @jax.jit
+    def update(state: Any, tokens: jax.Array) -> Any:
+        grads = jax.grad(lambda p: loss_of(graph, p, tokens))(state["params"])
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+
+    def step(state: Any, number: int) -> Any:
+        shape = (args.batch, args.length + 1)
+        tokens = jax.random.randint(jax.random.key(number), shape, 0, config.vocabulary)
+        return jax.block_until_ready(update(state, tokens))
+
+    result: dict[str, Any] = {"block_s": [], "commit_s": [], "step_s": [], "steady_block_s": []}
+    state = step(state, 0)
+    if args.variant == "none":
+        for number in range(args.steps):
+            begun_s = time.perf_counter()
+            state = step(state, number)
+            result["step_s"].append(time.perf_counter() - begun_s)
+        print(json.dumps(result))
+        return
+    handler, save_args, restore_args = make_handler(args.variant)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    manager = ocp.CheckpointManager(args.directory, item_handlers=handler, options=options)
+    memory = MemoryPeak()
+    for number in range(3):
+        state = step(state, number)
+        begun_s = time.perf_counter()
+        manager.save(number, args=save_args(state))
+        result["block_s"].append(time.perf_counter() - begun_s)
+        manager.wait_until_finished()
+        result["commit_s"].append(time.perf_counter() - begun_s)
+    for number in range(3, 3 + args.steps):
+        begun_s = time.perf_counter()
+        state = step(state, number)
+        saved_s = time.perf_counter()
+        manager.save(number, args=save_args(state))
+        now_s = time.perf_counter()
+        result["steady_block_s"].append(now_s - saved_s)
+        result["step_s"].append(now_s - begun_s)
+    manager.wait_until_finished()
+    result["save_extra_nbytes"] = memory.stop()
+    newest = args.directory / str(manager.latest_step())
+    files = [f for f in newest.rglob("*") if f.is_file()]
+    result["stored_nbytes"] = sum(f.stat().st_size for f in files)
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    drop_caches()
+    memory = MemoryPeak()
+    begun_s = time.perf_counter()
+    found = manager.restore(manager.latest_step(), args=restore_args(target))
+    jax.block_until_ready(found)
+    result["restore_s"] = time.perf_counter() - begun_s
+    result["restore_extra_nbytes"] = memory.stop()
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), found, state)
+    assert all(jax.tree.leaves(same)), "what was restored is not what was saved"
+    manager.close()
+    print(json.dumps(result))
+
+
+def drop_caches() -> None:
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        print("page cache not dropped: not allowed here", file=sys.stderr)
+
+
+# -- the parent --------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    for round_number in range(args.rounds):
+        for variant in ("none", *args.variants):
+            with tempfile.TemporaryDirectory(dir=args.scratch) as directory:
+                command = [sys.executable, __file__, "--variant", variant, "--directory", directory]
+                for name in ("steps", "batch", "length"):
+                    command += [f"--{name}", str(getattr(args, name))]
+                command += ["--small"] if args.small else []
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = json.loads(done.stdout.splitlines()[-1])
+            results.append({"variant": variant, "round": round_number} | result)
+            print(f"round {round_number + 1} {variant}", file=sys.stderr, flush=True)
+    return results
+
+
+def table(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| variant | save blocks, ms: first / next / at every step | commit, s: first / next "
+        "| step ratio | stored, GB | restore, s | extra memory, GB: save / restore |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    plain = {r["round"]: median(r["step_s"]) for r in results if r["variant"] == "none"}
+    for variant in args.variants:
+        runs = [r for r in results if r["variant"] == variant]
+        first_ms, next_ms, steady_ms = (
+            1e3 * median(pick(r) for r in runs)
+            for pick in (
+                lambda r: r["block_s"][0],
+                lambda r: median(r["block_s"][1:]),
+                lambda r: median(r["steady_block_s"]),
+            )
+        )
+        first_s = median(r["commit_s"][0] for r in runs)
+        next_s = median(median(r["commit_s"][1:]) for r in runs)
+        ratio = median(median(r["step_s"]) / plain[r["round"]] for r in runs)
+        stored, save, restore = (
+            median(r[name] for r in runs) / 1e9
+            for name in ("stored_nbytes", "save_extra_nbytes", "restore_extra_nbytes")
+        )
+        restore_s = median(r["restore_s"] for r in runs)
+        lines.append(
+            f"| {variant} | {first_ms:.0f} / {next_ms:.0f} / {steady_ms:.0f} | {first_s:.2f} / "
+            f"{next_s:.2f} | {ratio:.2f} | {stored:.2f} | {restore_s:.2f} | {save:.2f} / "
+            f"{restore:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    results = measure(args)
+    args.output.with_suffix(".json").write_text(json.dumps(results, indent=1))
+    print(table(args, results))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--small", action="store_true", help="2 M parameters, for a quick look")
+    parser.add_argument("--scratch", type=Path, help="where checkpoints go (default: temporary)")
+    parser.add_argument("--output", type=Path, default=Path("build/orbax"))
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    if arguments.variant:
+        run_variant(arguments)
+    else:
+        main(arguments)

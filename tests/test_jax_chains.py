@@ -1,0 +1,137 @@
+"""Increments in Orbax's directories: any step may go, and none needs another's directory."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import asymcheck
+import asymcheck_jax
+from asymcheck.policy import Always
+from asymcheck.strategies import AsymCheck
+
+DELTA = AsymCheck(policy=Always("delta"))
+STEPS = range(4)
+
+
+def state(step: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "params": {"w": jnp.asarray(rng.standard_normal(20_000), jnp.float32) * (1 + step / 1e6)}
+    }
+
+
+def handler(**options: Any) -> asymcheck_jax.AsymCheckHandler:
+    return asymcheck_jax.AsymCheckHandler(strategy=DELTA, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run of four steps: a base and three increments on it."""
+    directory = tmp_path_factory.mktemp("run")
+    with ocp.CheckpointManager(directory, item_handlers=handler()) as manager:
+        for step in STEPS:
+            manager.save(step, args=asymcheck_jax.AsymCheckSave(state(step)))
+        manager.wait_until_finished()
+    yield directory
+
+
+def depth(directory: Path, step: int) -> int:
+    with asymcheck.open_checkpoint(directory / str(step) / "default") as checkpoint:
+        assert checkpoint.step == step
+        return len(checkpoint.chain) - 1
+
+
+def test_steps_are_increments(run: Path) -> None:
+    assert [depth(run, step) for step in STEPS] == [0, 1, 2, 3]
+    own = [
+        sum(f.stat().st_size for f in (run / str(s)).rglob("w*.pack") if f.stat().st_nlink == 1)
+        for s in STEPS
+    ]
+    assert own[0] == own[1] == own[2] == 0  # linked by the steps that build on them
+    assert 0 < own[3] < 80_000
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(STEPS)), ids=str)
+def test_steps_deleted_in_every_order(run: Path, order: tuple[int, ...], tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, copy_function=_link)
+    left = set(STEPS)
+    with ocp.CheckpointManager(copy, item_handlers=handler()) as manager:
+        for step in order:
+            manager.delete(step)
+            left.remove(step)
+            for kept in left:
+                found = manager.restore(kept, args=asymcheck_jax.AsymCheckRestore(state(0)))
+                assert np.array_equal(found["params"]["w"], state(kept)["params"]["w"])
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).hardlink_to(source)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_orbax_deletes_while_the_chain_grows(tmp_path: Path, kept: int) -> None:
+    options = ocp.CheckpointManagerOptions(max_to_keep=kept)
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler(), options=options) as manager:
+        for step in range(7):
+            manager.save(step, args=asymcheck_jax.AsymCheckSave(state(step)))
+        manager.wait_until_finished()
+        assert manager.all_steps() == list(range(7))[-kept:]
+        for step in manager.all_steps():
+            found = manager.restore(step, args=asymcheck_jax.AsymCheckRestore(state(0)))
+            assert np.array_equal(found["params"]["w"], state(step)["params"]["w"])
+    assert depth(tmp_path, 6) == 6
+
+
+def test_after_the_newest_step_is_deleted_the_next_is_a_base(tmp_path: Path) -> None:
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler()) as manager:
+        for step in (0, 1):
+            manager.save(step, args=asymcheck_jax.AsymCheckSave(state(step)))
+        manager.wait_until_finished()
+        manager.delete(1)
+        for step in (2, 3):
+            manager.save(step, args=asymcheck_jax.AsymCheckSave(state(step)))
+        manager.wait_until_finished()
+    assert [depth(tmp_path, step) for step in (0, 2, 3)] == [0, 0, 1]
+
+
+def test_where_steps_cannot_be_linked_every_step_is_a_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As between file systems (simulated: the call between directories is refused)."""
+    monkeypatch.setattr("asymcheck_jax.directories.os", _OsWithoutLinks())
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler()) as manager:
+        for step in range(3):
+            manager.save(step, args=asymcheck_jax.AsymCheckSave(state(step)))
+        manager.wait_until_finished()
+        found = manager.restore(2, args=asymcheck_jax.AsymCheckRestore(state(0)))
+        assert np.array_equal(found["params"]["w"], state(2)["params"]["w"])
+    assert [depth(tmp_path, step) for step in range(3)] == [0, 0, 0]
+
+
+class _OsWithoutLinks:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def link(self, source: object, target: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+def test_a_step_copied_alone_is_whole(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "3", tmp_path / "elsewhere")
+    with asymcheck.open_checkpoint(tmp_path / "elsewhere" / "default") as checkpoint:
+        checkpoint.verify()
+        assert np.array_equal(checkpoint["params/w"][...], state(3)["params"]["w"])
+    found = asymcheck_jax.load(tmp_path / "elsewhere" / "default")
+    assert np.array_equal(found["params"]["w"], state(3)["params"]["w"])

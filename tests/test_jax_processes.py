@@ -1,0 +1,79 @@
+"""Several real JAX processes save one checkpoint, and others restore it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import asymcheck
+
+WORKER = Path(__file__).with_name("jax_worker.py")
+TIMEOUT_S = 240
+
+
+def start(mode: str, directory: Path, count: int, devices: int) -> list[subprocess.Popen[str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = [f"--count={count}", f"--port={port}", f"--devices={devices}"]
+    return [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), mode, str(directory), f"--rank={rank}", *shared],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def run(mode: str, directory: Path, count: int, devices: int) -> list[str]:
+    """What the processes say; all must end well."""
+    processes = start(mode, directory, count, devices)
+    try:
+        said = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text[-3000:]
+    return said
+
+
+def bytes_read(said: list[str]) -> list[int]:
+    lines = [line for text in said for line in text.splitlines() if line.startswith("read ")]
+    return [int(line.split()[1]) for line in lines]
+
+
+@pytest.mark.parametrize("writers", [2, 4])
+def test_restored_by_other_numbers_of_processes(tmp_path: Path, writers: int) -> None:
+    run("save", tmp_path, writers, 2)
+    item = tmp_path / "3" / "default"
+    with asymcheck.open_checkpoint(item) as checkpoint:
+        manifests = checkpoint.chain[0].manifests
+        assert len(manifests) == writers
+        checkpoint.verify()
+        stored = {path: leaf.spec.nbytes for path, leaf in checkpoint.chain[0].leaves.items()}
+    assert sum(m.stats["raw_nbytes"] for m in manifests) == sum(stored.values())
+    whole = bytes_read(run("restore", tmp_path, 1, 8))
+    parts = bytes_read(run("restore", tmp_path, 2, 4))
+    assert len(whole) == 1 and len(parts) == 2
+    assert max(parts) < 0.75 * whole[0]  # nobody reads it all
+
+
+def test_a_process_that_dies_in_a_save_leaves_no_step_and_hangs_nobody(tmp_path: Path) -> None:
+    processes = start("die", tmp_path, 2, 2)
+    try:
+        said = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1].returncode == 9, said[1][-3000:]
+    assert processes[0].returncode not in (0, None), said[0][-3000:]
+    assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["0"]
+    with asymcheck.open_checkpoint(tmp_path / "0" / "default") as checkpoint:
+        checkpoint.verify()

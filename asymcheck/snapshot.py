@@ -58,6 +58,11 @@ class Capture:
         """The step."""
         return self._attempt.step
 
+    @property
+    def base_step(self) -> int | None:
+        """The step that this one may be an increment to; whether it is shows its commit record."""
+        return self._attempt.base_step
+
     def enter_window(self, ordinal: int) -> None:
         """The link is idle: partitions up to the `ordinal`-th window's may move."""
         with self._state:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from asymcheck.commit import read_commit
 from asymcheck.errors import ObjectNotFoundError, StoreError, StoreUnavailableError
 from asymcheck.stores import LocalStore
 
@@ -112,7 +113,7 @@ class ItemDirectories:
 
     def list(self, prefix: str) -> list[str]:
         """The objects of one save; nothing for any other prefix: the runs before are Orbax's."""
-        if _STEP.fullmatch(prefix) is None:
+        if step_of(prefix) is None:
             return []
         return self._of(prefix).list(prefix)
 
@@ -135,8 +136,8 @@ class ItemDirectories:
         self._directories.clear()
 
     def _of(self, key: str) -> LocalStore:
-        match = _STEP.fullmatch(key)
-        directory = self._directories.get(int(match[1])) if match is not None else None
+        step = step_of(key)
+        directory = self._directories.get(step) if step is not None else None
         if directory is None:
             raise ObjectNotFoundError("no save of that step is under way", object=key)
         if not directory.created.wait(self._timeout_s):
@@ -146,6 +147,12 @@ class ItemDirectories:
         if directory.store is None:
             raise StoreError("the directory was not created", object=key) from directory.error
         return directory.store
+
+
+def step_of(key: str) -> int | None:
+    """The step that an object belongs to; None if to none."""
+    match = _STEP.fullmatch(key)
+    return int(match[1]) if match is not None else None
 
 
 def link_objects(source: ItemDirectory, target: ItemDirectory) -> None:
@@ -159,6 +166,16 @@ def link_objects(source: ItemDirectory, target: ItemDirectory) -> None:
         raise StoreError("the directory of the step before is gone")
     for prefix in ("data/", "commits/"):
         target.store.adopt(path, LocalStore(path).list(prefix))
+
+
+def unlink_unused(directory: ItemDirectory) -> None:
+    """Remove what was linked from the step before if the step turned out to need none of it."""
+    store = directory.store
+    assert store is not None
+    record, _ = read_commit(store, directory.step)
+    if record.parent is None:
+        keys = [*store.list("data/"), *store.list("commits/")]
+        store.delete(*(key for key in keys if step_of(key) != directory.step))
 
 
 def can_be_linked(directory: ItemDirectory) -> bool:

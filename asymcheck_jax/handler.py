@@ -30,6 +30,7 @@ from asymcheck_jax.directories import (
     ItemDirectory,
     can_be_linked,
     link_objects,
+    unlink_unused,
 )
 from asymcheck_jax.donation import note_capture
 from asymcheck_jax.restoring import restore_into, restore_tree, stored_shapes
@@ -96,8 +97,8 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         view = view_of(args.item, jax.process_index())
         checkpointer, step = self._checkpointer_for(directory)
         place = self._directories.begin(step)
-        base = self._previous if self._may_build_on_previous() else None
-        if base is None:
+        previous = self._previous
+        if previous is None or not can_be_linked(previous):
             checkpointer.start_chain()
         capture = checkpointer.begin(
             step, view, windows=self._windows(), metadata=args.metadata or {}
@@ -111,6 +112,7 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
             note_capture(capture)
         if on_device and not self._donation_is_held:
             self._finish(capture)
+        base = previous if capture.base_step is not None else None
         commit = self._commit(capture, directory, place, base, held_s)
         return [orbax_future.CommitFutureAwaitingContractedSignals(commit, name="asymcheck")]
 
@@ -142,6 +144,8 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         self._spread(capture, pace_s)
         self._finish(capture)
         capture.pending.wait()
+        if base is not None and jax.process_index() == 0:
+            unlink_unused(place)
 
     def _spread(self, capture: Capture, pace_s: float) -> None:
         """Open the windows one after the other over the time until the next save."""
@@ -162,9 +166,6 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         now_s = time.monotonic()
         last_s, self._last_save_s = self._last_save_s, now_s
         return 0.0 if last_s is None else (now_s - last_s) / 2
-
-    def _may_build_on_previous(self) -> bool:
-        return self._previous is not None and can_be_linked(self._previous)
 
     def _checkpointer_for(self, directory: epath.Path) -> tuple[Checkpointer, int]:
         """The checkpointer, and the step's number as far as the directory's name tells it.

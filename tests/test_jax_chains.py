@@ -17,11 +17,21 @@ import pytest
 
 import asymcheck
 import asymcheck_jax
-from asymcheck.policy import Always
+from asymcheck.policy import Always, Decision, PolicyRequest
 from asymcheck.strategies import AsymCheck
 
 DELTA = AsymCheck(policy=Always("delta"))
 STEPS = range(4)
+
+
+class Changing:
+    """Wants a base at hand, and then stores everything raw."""
+
+    def decide(self, request: PolicyRequest) -> Decision:
+        return Decision("raw", "after all")
+
+    def wants_base(self, nbytes_by_class: Any, cost: Any) -> bool:
+        return True
 
 
 def state(step: int) -> dict[str, Any]:
@@ -74,6 +84,24 @@ def test_steps_deleted_in_every_order(run: Path, order: tuple[int, ...], tmp_pat
             for kept in left:
                 found = manager.restore(kept, args=asymcheck_jax.AsymCheckRestore(state(0)))
                 assert np.array_equal(found["params"]["w"], state(kept)["params"]["w"])
+
+
+@pytest.mark.parametrize("strategy", ["asymcheck-naive", AsymCheck(policy=Changing())], ids=str)
+def test_a_step_that_is_no_increment_keeps_nothing_of_another(
+    strategy: Any, tmp_path: Path
+) -> None:
+    """Else the bytes of steps that were deleted long ago would stay."""
+    used = asymcheck_jax.AsymCheckHandler(strategy=strategy)
+    with ocp.CheckpointManager(tmp_path, item_handlers=used) as manager:
+        for step in STEPS:
+            manager.save(step, args=asymcheck_jax.AsymCheckSave(state(step)))
+        manager.wait_until_finished()
+    packs = list(tmp_path.rglob("*.pack"))
+    assert packs and all(f.stat().st_nlink == 1 for f in packs)
+    for file in [*packs, *tmp_path.rglob("commits/*.json")]:
+        name = file.parent.name if file.suffix == ".pack" else file.name
+        assert int(name[:16]) == int(file.relative_to(tmp_path).parts[0]), file
+    assert [depth(tmp_path, step) for step in STEPS] == [0, 0, 0, 0]
 
 
 def _link(source: str, target: str) -> None:

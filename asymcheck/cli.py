@@ -1,11 +1,12 @@
-"""The command `asymcheck`: look at the checkpoints of a run, check, compare, export, clean up.
+"""The command `asymcheck`: look at a run's checkpoints, check, compare, export, import, clean up.
 
 Exit codes, for scripts:
 
 0  done, and nothing is wrong; for `diff`: the steps are equal
 1  `diff`: the steps differ; every other command: damage was found (missing, wrong or malformed
-   bytes), of which the output or the message tells
-2  usage: a wrong flag or argument, no such run, step or leaf, an optional library is missing
+   bytes), of which the output or the message tells; `import`: the source would run code
+2  usage: a wrong flag or argument, no such run, step, leaf or source, the step to import exists,
+   an optional library is missing
 3  it could not be done: the store or the output file failed, or the step is of a later version;
    for `diff`: damage was found
 
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from logging import Formatter
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -40,13 +42,17 @@ from asymcheck.errors import (
     CheckpointNotFoundError,
     CorruptionError,
     FormatError,
+    SourceError,
+    StepExistsError,
     StoreError,
     UnsupportedVersionError,
 )
+from asymcheck.inspection import importing
 from asymcheck.inspection.collection import collect
 from asymcheck.inspection.comparison import compare
 from asymcheck.inspection.costs import run_costs
-from asymcheck.inspection.export import FORMATS, export
+from asymcheck.inspection.export import export
+from asymcheck.inspection.export import formats as export_formats
 from asymcheck.inspection.leaves import describe_leaf, describe_step
 from asymcheck.inspection.listing import list_steps
 from asymcheck.inspection.optional import MissingLibraryError
@@ -63,6 +69,12 @@ _INTERRUPTED, _BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 class UsageError(Exception):
     """The command line asks for nothing that there is."""
+
+
+_USAGE_ERRORS = (
+    *(UsageError, flags.Error, MissingLibraryError),
+    *(CheckpointNotFoundError, StepExistsError),
+)
 
 
 class Report(Protocol):
@@ -167,6 +179,18 @@ def _export(options: Options) -> int:
     return GOOD
 
 
+def _import(options: Options) -> int:
+    source, url = options.arguments
+    format, step = cast("Any", options.flags)["from"].value, options.flags.step
+    if format is None:
+        raise UsageError("import needs --from")
+    if not Path(source).exists():
+        raise UsageError(f"there is nothing at {source}")
+    with _open(url):
+        options.show(importing.import_checkpoint(source, format, url, step))
+    return GOOD
+
+
 def _gc(options: Options) -> int:
     with _open(options.url) as store:
         if not store.list(""):
@@ -202,8 +226,17 @@ def _diff_flags(values: flags.FlagValues) -> None:
 
 def _export_flags(values: flags.FlagValues) -> None:
     _step_flag(values)
-    flags.DEFINE_enum("to", None, FORMATS, "format of the file (required)", flag_values=values)
-    flags.DEFINE_string("output", None, "the file to write (required)", flag_values=values)
+    help = f"format, one of {', '.join(export_formats())} (required)"
+    flags.DEFINE_enum("to", None, export_formats(), help, flag_values=values)
+    help = "the file, or the directory, to write (required)"
+    flags.DEFINE_string("output", None, help, flag_values=values)
+
+
+def _import_flags(values: flags.FlagValues) -> None:
+    help = f"format of SOURCE, one of {', '.join(importing.formats())} (required)"
+    flags.DEFINE_enum("from", None, importing.formats(), help, flag_values=values)
+    help = "the step that it becomes"
+    flags.DEFINE_integer("step", 0, help, lower_bound=0, flag_values=values)
 
 
 def _gc_flags(values: flags.FlagValues) -> None:
@@ -250,10 +283,18 @@ COMMANDS = {
         Command(
             "export",
             "URL",
-            "Write a step to one file for other programs: safetensors or npz.",
+            "Write a step for other programs: safetensors, npz, or a checkpoint of Orbax or torch.",
             range(1, 2),
             _export_flags,
             _export,
+        ),
+        Command(
+            "import",
+            "SOURCE URL",
+            "Bring a checkpoint of Orbax or torch into a run, as a step; runs no code of it.",
+            range(2, 3),
+            _import_flags,
+            _import,
         ),
         Command(
             "gc",
@@ -329,11 +370,11 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         return _dispatch(list(argv[1:]))
-    except (UsageError, flags.Error, CheckpointNotFoundError, MissingLibraryError) as error:
+    except _USAGE_ERRORS as error:
         return _fail(error, USAGE)
     except UnsupportedVersionError as error:
         return _fail(error, FAILED)
-    except (CorruptionError, FormatError) as error:
+    except (CorruptionError, FormatError, SourceError) as error:
         return _fail(error, FAILED if argv[1:2] == ["diff"] else BAD)
     except BrokenPipeError:
         raise

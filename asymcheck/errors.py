@@ -82,6 +82,10 @@ class CorruptionError(AsymCheckError):
     """Stored bytes are missing or are not the bytes that were written."""
 
 
+class SourceError(AsymCheckError):
+    """What is to be imported is not what it should be, or would run code; nothing was imported."""
+
+
 class CodecError(AsymCheckError):
     """A block cannot be encoded or decoded."""
 

@@ -187,7 +187,7 @@ def _box(index: StepIndex, spec: LeafSpec, offset: list[int], shape: list[int]) 
 
 def _check_cover(leaf: LeafIndex) -> None:
     boxes = [box for box in leaf.boxes.values() if box.shard.size > 0]
-    if not _tile([box.shard for box in boxes], leaf.spec.shape):
+    if not tile([box.shard for box in boxes], leaf.spec.shape):
         raise FormatError("the boxes of a leaf do not cover it exactly once", leaf=leaf.spec.path)
     for box in boxes:
         box.blocks.sort(key=lambda stored: (stored.block.start, stored.block.stop))
@@ -210,7 +210,7 @@ def _check_cover(leaf: LeafIndex) -> None:
             )
 
 
-def _tile(shards: Sequence[ShardSpec], shape: tuple[int, ...]) -> bool:
+def tile(shards: Sequence[ShardSpec], shape: tuple[int, ...]) -> bool:
     """Whether boxes within a leaf of that shape cover it exactly once.
 
     They do if and only if the sum of their indicator functions is that of the leaf. Such a sum

@@ -46,7 +46,7 @@ def restore_tree(checkpoint: Checkpoint) -> Any:
     Arrays that JAX would narrow (float64, int64 without `jax_enable_x64`) stay NumPy arrays.
     """
     state = checkpoint.state()
-    return _with_keys(jax.tree_util.tree_map(_on_device, state))
+    return with_keys(jax.tree_util.tree_map(_on_device, state))
 
 
 def _on_device(value: Any) -> Any:
@@ -59,17 +59,17 @@ def _is_held(dtype: np.dtype[Any]) -> bool:
     return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
-def _with_keys(node: Any) -> Any:
+def with_keys(node: Any) -> Any:
     """The stored form of random keys as keys."""
     if isinstance(node, dict):
         members = cast("dict[Any, Any]", node)
         if set(members) == {PRNG_KEY}:
             stored = members[PRNG_KEY]
             return jax.random.wrap_key_data(stored["data"], impl=stored["impl"])
-        return type(members)((key, _with_keys(child)) for key, child in members.items())
+        return type(members)((key, with_keys(child)) for key, child in members.items())
     if isinstance(node, list | tuple):
         items = cast("list[Any] | tuple[Any, ...]", node)
-        return type(items)(_with_keys(item) for item in items)
+        return type(items)(with_keys(item) for item in items)
     return node
 
 

@@ -86,7 +86,7 @@ def test_help_names_every_command_and_exit_code(call: Call, help: str) -> None:
 def test_every_command_has_help(call: Call, name: str) -> None:
     code, out, err = call(name, "--help")
     assert (code, err) == (0, "")
-    assert out.startswith(f"usage: asymcheck {name} URL")
+    assert out.startswith(f"usage: asymcheck {name} {COMMANDS[name].arguments}")
     assert "--json" in out
     assert COMMANDS[name].summary in out
 

@@ -1,7 +1,9 @@
-"""`asymcheck export`: a step as one file that other programs read.
+"""`asymcheck export`: a step as one file, or a directory, that other programs read.
 
-Both formats hold every leaf under its path, tied leaves once, bytes as uint8, scalars as 0-d
-arrays. What the format cannot say itself goes into notes, a JSON object with the members
+Checkpoints of other libraries are directories; adapters bring their formats (see `plugins`). The
+formats of this module are files: they hold every leaf under its path, tied leaves once, bytes as
+uint8, scalars as 0-d arrays. What the format cannot say itself goes into notes, a JSON
+object with the members
 
 - `step`, `metadata`: of the checkpoint;
 - `structure`: how leaves, numbers and strings make up the state, by the grammar of docs/format.md;
@@ -20,9 +22,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asymcheck.errors import StoreError, UnsupportedStateError
+from asymcheck.inspection import plugins
 from asymcheck.inspection.optional import load_optional
 from asymcheck.inspection.progress import Progress
 from asymcheck.inspection.text import size
@@ -52,7 +55,7 @@ _SAFETENSORS_RESERVED = "__metadata__"
 
 @dataclass(frozen=True)
 class Exported:
-    """The file that was written."""
+    """The file or directory that was written."""
 
     output: str
     format: str
@@ -72,49 +75,75 @@ class Exported:
         return lines
 
 
+def formats() -> list[str]:
+    """The formats that can be exported to."""
+    return [*FORMATS, *plugins.names("exporters")]
+
+
 def export(
     checkpoint: Checkpoint, format: str, output: str | os.PathLike[str], progress: bool | None
 ) -> Exported:
-    """Write an open step to a file, which appears when it is whole; one that is there is replaced.
+    """Write an open step to a file or directory, which appears when it is whole.
 
-    A safetensors file is put together in memory; an .npz takes the memory of its largest leaf.
+    A file that is there is replaced, a directory is not. An .npz takes the memory of its largest
+    leaf; everything else is put together in memory.
 
     Raises:
         ValueError: there is no such format.
-        MissingLibraryError: safetensors is not installed.
-        UnsupportedStateError: a leaf has a name that the format reserves.
+        MissingLibraryError: the format's library is not installed.
+        UnsupportedStateError: the format cannot hold a leaf, or reserves its name.
         CorruptionError: stored bytes are missing or wrong; nothing is written.
-        StoreError: the store cannot be read, or the file cannot be written.
+        StoreError: the store cannot be read, or the output cannot be written.
     """
-    write = {"safetensors": _write_safetensors, "npz": _write_npz}.get(format)
-    if write is None:
-        raise ValueError(f"no format {format!r} to export to; one of {', '.join(FORMATS)}")
+    write = _writer(format)
     target = Path(output)
+    if format not in FORMATS and target.exists():
+        raise StoreError(f"{target} exists already", hint="Remove it, or name another output")
     nbytes = sum(spec.nbytes for spec in checkpoint.leaves.values())
     with Progress(f"exporting step {checkpoint.step}", nbytes, progress) as done:
-        _atomically(target, lambda path: write(checkpoint, path, done))
+        _atomically(target, lambda path: write(checkpoint, path, done.add))
     return Exported(
         str(target),
         format,
         checkpoint.step,
         len(checkpoint),
-        target.stat().st_size,
+        sum(file.stat().st_size for file in _files(target)),
         _reinterpreted(checkpoint, format),
     )
 
 
+def _writer(format: str) -> plugins.Exporter:
+    own = {"safetensors": _write_safetensors, "npz": _write_npz}.get(format)
+    if own is None and format not in formats():
+        raise ValueError(f"no format {format!r} to export to; one of {', '.join(formats())}")
+    return own or plugins.load("exporters", format)
+
+
 def _atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """Write in a directory beside the target, which takes whatever a failure leaves with it."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    written = temporary / target.name
     try:
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(target)
+        temporary.mkdir()
+        write(written)
+        for path in [*_files(written), *_directories(written)]:
+            _sync(path)
+        written.replace(target)
         _sync(target.absolute().parent)
     except OSError as error:
         raise StoreError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _files(path: Path) -> list[Path]:
+    """A file itself, or all files below a directory."""
+    return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+
+
+def _directories(path: Path) -> list[Path]:
+    """A directory and all below it."""
+    return [p for p in (path, *path.rglob("*")) if p.is_dir()]
 
 
 def _sync(path: Path) -> None:
@@ -137,6 +166,8 @@ def notes(checkpoint: Checkpoint, format: str) -> dict[str, Any]:
 
 
 def _reinterpreted(checkpoint: Checkpoint, format: str) -> dict[str, str]:
+    if format not in _NATIVE:
+        return {}
     return {p: s.dtype for p, s in checkpoint.leaves.items() if s.dtype not in _NATIVE[format]}
 
 
@@ -150,21 +181,21 @@ def _array(checkpoint: Checkpoint, path: str, reinterpreted: Mapping[str, str]) 
     return array.view(f"u{array.itemsize}")
 
 
-def _write_safetensors(checkpoint: Checkpoint, path: Path, done: Progress) -> None:
+def _write_safetensors(checkpoint: Checkpoint, path: Path, done: Callable[[int], None]) -> None:
     library = load_optional("safetensors.numpy", "export", "to export to safetensors")
     _refuse(checkpoint, _SAFETENSORS_RESERVED)
     about = notes(checkpoint, "safetensors")
     arrays: dict[str, NDArray[Any]] = {}
     for leaf in checkpoint:
         arrays[leaf] = _array(checkpoint, leaf, about["dtypes"])
-        done.add(arrays[leaf].nbytes)
+        done(arrays[leaf].nbytes)
     try:
         library.save_file(arrays, path, {"asymcheck": json.dumps(about)})
     except load_optional("safetensors", "export", "to export").SafetensorError as error:
         raise StoreError(f"cannot write {path}: {error}") from error
 
 
-def _write_npz(checkpoint: Checkpoint, path: Path, done: Progress) -> None:
+def _write_npz(checkpoint: Checkpoint, path: Path, done: Callable[[int], None]) -> None:
     _refuse(checkpoint, NOTES)
     about = notes(checkpoint, "npz")
     text = json.dumps(about).encode()
@@ -173,7 +204,7 @@ def _write_npz(checkpoint: Checkpoint, path: Path, done: Progress) -> None:
         for leaf in checkpoint:
             array = _array(checkpoint, leaf, about["dtypes"])
             _add(archive, leaf, array)
-            done.add(array.nbytes)
+            done(array.nbytes)
 
 
 def _add(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:

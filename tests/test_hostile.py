@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -744,7 +745,7 @@ def mutate(document: Any, chance: random.Random) -> None:
         parent = parent[name]
     name, draw = path[-1], chance.random()
     if draw < 0.45:
-        parent[name] = chance.choice(VALUES)
+        parent[name] = copy.deepcopy(chance.choice(VALUES))
     elif draw < 0.6:
         del parent[name]
     elif draw < 0.7 and isinstance(parent, list):

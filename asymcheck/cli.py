@@ -226,16 +226,15 @@ def _diff_flags(values: flags.FlagValues) -> None:
 
 def _export_flags(values: flags.FlagValues) -> None:
     _step_flag(values)
-    help = f"format, one of {', '.join(export_formats())} (required)"
-    flags.DEFINE_enum("to", None, export_formats(), help, flag_values=values)
-    help = "the file, or the directory, to write (required)"
+    flags.DEFINE_enum("to", None, export_formats(), "format (required)", flag_values=values)
+    help = "the file or directory to write (required)"
     flags.DEFINE_string("output", None, help, flag_values=values)
 
 
 def _import_flags(values: flags.FlagValues) -> None:
-    help = f"format of SOURCE, one of {', '.join(importing.formats())} (required)"
+    help = "format of SOURCE (required)"
     flags.DEFINE_enum("from", None, importing.formats(), help, flag_values=values)
-    help = "the step that it becomes"
+    help = "the step that it becomes; by default 0"
     flags.DEFINE_integer("step", 0, help, lower_bound=0, flag_values=values)
 
 
@@ -458,8 +457,7 @@ def _guarded(argv: list[str]) -> int:
     """`main`, for a process: with an exit code for whatever happens."""
     handler = logging.get_absl_handler()
     handler.setFormatter(Formatter("asymcheck: %(message)s"))
-    if flags.FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.WARNING)  # until the command's own --verbosity is parsed
     for stream in (sys.stdout, sys.stderr):
         cast("Any", stream).reconfigure(errors="backslashreplace")
     try:

@@ -104,6 +104,6 @@ def _how(stored: Any) -> ocp.RestoreArgs:
     if name is None or (isinstance(stored, ocp.metadata.ScalarMetadata) and name in _PYTHON_DTYPES):
         return ocp.RestoreArgs()
     if name == "uint32" and type(stored) is ocp.metadata.ArrayMetadata:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return ocp.ArrayRestoreArgs(sharding=device)
     return ocp.RestoreArgs(restore_type=np.ndarray)

@@ -77,17 +77,22 @@ def from_torch_save(path: Path) -> Any:
         SourceError: it is not such a file, or holds other objects than tensors and plain values.
         UnsupportedStateError: a tensor is sparse, sharded, quantized, or of an unknown dtype.
     """
-    with path.open("rb") as file:
-        return arrays_of(_load(file, str(path)))
+    try:
+        with path.open("rb") as file:
+            state = _load(file, str(path))
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}") from error
+    return arrays_of(state)
 
 
 def _load(file: Any, what: str) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]  # behind a page of advice
         raise SourceError(
             f"{what} cannot be loaded as weights only",
-            found=" ".join(str(error).split())[:300] or type(error).__name__,
+            found=" ".join(reason.split())[:120] or type(error).__name__,
             hint="It is damaged or holds objects that would run code",
         ) from error
 

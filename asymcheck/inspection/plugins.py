@@ -23,8 +23,8 @@ from asymcheck.reader import Checkpoint
 Exporter = Callable[[Checkpoint, Path, Callable[[int], None]], None]
 """Writes a checkpoint to a directory that does not exist yet, and reports bytes as they are read.
 
-When it fails it may leave parts of it behind, there or beside it. Raises `UnsupportedStateError` for what
-the format cannot hold.
+When it fails it may leave parts of it behind, there or beside it. Raises `UnsupportedStateError`
+for what the format cannot hold, `StoreError` if it cannot write.
 """
 Importer = Callable[[Path], Any]
 """Reads a file or directory as a state that `Checkpointer.save` takes.

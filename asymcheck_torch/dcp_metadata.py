@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from asymcheck import tree
-from asymcheck.errors import FormatError, SourceError
+from asymcheck.errors import SourceError
 from asymcheck.index import tile
 from asymcheck.state import ShardSpec
 from asymcheck_torch.tensors import TORCH_DTYPES
-
-_MALFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,11 @@ def read_metadata(path: Path) -> list[Entry]:
         with path.open("rb") as file:
             metadata = _Unpickler(file).load()
         return _entries(metadata)
+    except SourceError:
+        raise
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, EOFError, FormatError, *_MALFORMED) as error:
+    except Exception as error:  # a malformed pickle can make it raise anything
         raise SourceError(f"{path} is not the metadata of DCP", found=repr(error)[:200]) from error
 
 

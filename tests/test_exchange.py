@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -546,6 +547,16 @@ def test_damaged_sources(tmp_path: Path) -> None:
         metadata.write_bytes(whole[:length])
         with pytest.raises(SourceError):
             from_dcp(tmp_path / "dcp")
+    generator = np.random.default_rng(0)
+    for _ in range(300):  # whatever is changed: it is noticed, or changes nothing that is used
+        changed = bytearray(whole)
+        changed[generator.integers(len(whole))] = generator.integers(256)
+        metadata.write_bytes(changed)
+        with suppress(SourceError):
+            assert (
+                bits(next(iter(from_dcp(tmp_path / "dcp").values())))[2]
+                == bits(np.ones(3, "f4"))[2]
+            )
     metadata.write_bytes(whole)
     next((tmp_path / "dcp").glob("*.distcp")).write_bytes(b"")
     with pytest.raises(SourceError):

@@ -34,9 +34,7 @@ def test_values_of_the_moment_of_saving(dtype: Any, shape: tuple[int, ...], tmp_
     ones = jnp.ones(shape, dtype)
     w = jax.device_put(ones, NamedSharding(mesh, axes))
     saved: list[np.ndarray] = []
-    with ocp.CheckpointManager(
-        tmp_path, item_handlers=asymcheck_jax.AsymCheckHandler()
-    ) as manager:
+    with ocp.CheckpointManager(tmp_path, item_handlers=asymcheck_jax.AsymCheckHandler()) as manager:
         for step in range(6):
             saved.append(np.array(w))
             manager.save(step, args=asymcheck_jax.AsymCheckSave({"w": w}))

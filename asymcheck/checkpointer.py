@@ -389,6 +389,11 @@ class Checkpointer:
         return self._cost
 
     @property
+    def may_build_increments(self) -> bool:
+        """Whether the next step may need the last one's bytes to be read."""
+        return self._increments.reference is not None
+
+    @property
     def host_nbytes(self) -> int:
         """Host memory held now for buffers and the reference.
 

@@ -117,6 +117,7 @@ class Capture:
         self._attempt.in_window_nbytes = self._attempt.plan.nbytes - left_nbytes
         self._trace.add("stall", "barrier", self.step, begun_s, left_nbytes)
         self._encoder.end(self._attempt)
+        self._sources = ()  # nobody reads the state any more: its memory may go
         self._ended = True
         return stall_s
 

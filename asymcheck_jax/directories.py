@@ -9,52 +9,61 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from asymcheck.commit import read_commit
-from asymcheck.errors import ObjectNotFoundError, StoreError, StoreUnavailableError
+from asymcheck.commit import CommitRecord, read_commit
+from asymcheck.errors import (
+    CommitError,
+    ObjectNotFoundError,
+    StoreError,
+    StoreUnavailableError,
+)
+from asymcheck.manifest import MAX_STEP
+from asymcheck.records import unseal
 from asymcheck.stores import LocalStore
 
+_TEMPORARY = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"(?:data|commits)/([0-9]{16})[-.].*", re.DOTALL)
 
 
 @dataclass(slots=True)
 class ItemDirectory:
-    """The directory of one save; Orbax may create it after the save has begun, and renames it."""
+    """The directory of one save; Orbax may create it after the save has begun.
+
+    `has_bases`: what the step may build on was linked into it.
+    """
 
     step: int
-    created: threading.Event = field(default_factory=threading.Event)
-    store: LocalStore | None = None
+    has_bases: bool = False
     error: BaseException | None = None
-    _descriptor: int = -1
+    created: threading.Event = field(default_factory=threading.Event)
+    _store: LocalStore | None = None
+
+    @property
+    def opened(self) -> LocalStore:
+        """The directory as a store; `StoreError` if it was never opened."""
+        if self._store is None:
+            raise StoreError("the directory was not created") from self.error
+        return self._store
 
     def open(self, path: Path) -> None:
         """The directory exists: objects may be written."""
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.store = LocalStore(path)
+        self._store = LocalStore(path)
         self.created.set()
 
     def give_up(self, error: BaseException) -> None:
-        """The directory will not exist: whoever waits for it fails."""
-        self.error = error
+        """The directory will not exist, or nobody wants it any more: who waits for it fails."""
+        self.error, self._store = error, None
         self.created.set()
-
-    def path(self) -> Path | None:
-        """Where it lies now, whatever it was renamed to; None if it is gone."""
-        if self._descriptor < 0 or os.fstat(self._descriptor).st_nlink == 0:
-            return None
-        return Path(f"/proc/self/fd/{self._descriptor}").resolve()
 
     def close(self) -> None:
         """Forget it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        if self.store is not None:
-            self.store.close()
+        if self._store is not None:
+            self._store.close()
 
 
 class ItemDirectories:
@@ -109,7 +118,10 @@ class ItemDirectories:
 
     def put_if_absent(self, key: str, data: memoryview) -> bool:
         """See `Store.put_if_absent`; waits for the directory."""
-        return self._of(key).put_if_absent(key, data)
+        directory = self._directory(key)
+        if key.startswith("commits/"):
+            _check_bases(directory, bytes(data), key)
+        return directory.opened.put_if_absent(key, data)
 
     def list(self, prefix: str) -> list[str]:
         """The objects of one save; nothing for any other prefix: the runs before are Orbax's."""
@@ -136,6 +148,9 @@ class ItemDirectories:
         self._directories.clear()
 
     def _of(self, key: str) -> LocalStore:
+        return self._directory(key).opened
+
+    def _directory(self, key: str) -> ItemDirectory:
         step = step_of(key)
         directory = self._directories.get(step) if step is not None else None
         if directory is None:
@@ -144,9 +159,82 @@ class ItemDirectories:
             raise StoreUnavailableError(
                 f"Orbax did not create the directory within {self._timeout_s:g} s", object=key
             )
-        if directory.store is None:
-            raise StoreError("the directory was not created", object=key) from directory.error
-        return directory.store
+        return directory
+
+
+def _check_bases(directory: ItemDirectory, sealed: bytes, key: str) -> None:
+    """No step is committed that builds on what is not in its directory.
+
+    Processes decide for themselves whether there is something to build on, and may differ.
+    """
+    record = unseal(sealed, "commit", CommitRecord, object=key)
+    if record.parent is not None and not directory.has_bases:
+        raise CommitError(
+            "another process has built on a step that this one does not hold",
+            step=record.step,
+            found=f"step {record.parent.step}",
+            hint="Nothing is lost but this save; the next one is stored in full",
+        )
+
+
+class HeldStep:
+    """Hard links to everything that the newest step consists of, where Orbax does not delete.
+
+    They are made before Orbax learns that the step is done, so that the next one can build on it
+    whatever happens to its directory. A hidden directory beside the steps, which Orbax ignores;
+    one that a killed process left is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.step = -1
+        self._keys: set[str] = set()
+        shutil.rmtree(path, ignore_errors=True)
+
+    def take(self, directory: ItemDirectory) -> None:
+        """Hold this step, and no other any more.
+
+        Raises:
+            StoreError: it cannot be linked; nothing is held then.
+        """
+        source = directory.opened
+        self.step = -1
+        self._keys = {*source.list("data/"), *source.list("commits/")}
+        store = LocalStore(self.path)
+        store.adopt(source.root, self._keys)
+        store.delete(*(set(store.list("")) - self._keys))
+        self.step = directory.step
+
+    def drop(self) -> None:
+        """Hold nothing."""
+        self.step = -1
+        if self._keys:
+            LocalStore(self.path).delete(*self._keys)
+            self._keys = set()
+
+    def give(self, directory: ItemDirectory) -> None:
+        """Link what is held into the directory of a step that may build on it, durably.
+
+        Raises:
+            StoreError: something of it is gone.
+        """
+        directory.opened.adopt(self.path, self._keys)
+        directory.has_bases = True
+
+    def close(self) -> None:
+        """Let go of it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            self.path.parent.rmdir()
+
+
+def unlink_unused(directory: ItemDirectory) -> None:
+    """Remove what was linked from the step before if the step turned out to need none of it."""
+    store = directory.opened
+    record, _ = read_commit(store, directory.step)
+    if record.parent is None:
+        keys = [*store.list("data/"), *store.list("commits/")]
+        store.delete(*(key for key in keys if step_of(key) != directory.step))
 
 
 def step_of(key: str) -> int | None:
@@ -155,40 +243,35 @@ def step_of(key: str) -> int | None:
     return int(match[1]) if match is not None else None
 
 
-def link_objects(source: ItemDirectory, target: ItemDirectory) -> None:
-    """Give everything that a step consists of a name in another one's directory, durably.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What the path that Orbax gives for a save says.
 
-    Raises:
-        StoreError: some object is gone, or the file system has no hard links.
+    Attributes:
+        path: absolute.
+        root: where all steps lie.
+        item: the item's name; empty for a checkpointer without a manager.
+        number: the step's number, as far as its directory's name has one.
     """
-    path = source.path()
-    if path is None or target.store is None:
-        raise StoreError("the directory of the step before is gone")
-    for prefix in ("data/", "commits/"):
-        target.store.adopt(path, LocalStore(path).list(prefix))
 
+    path: Path
+    root: Path
+    item: str
+    number: int | None
 
-def unlink_unused(directory: ItemDirectory) -> None:
-    """Remove what was linked from the step before if the step turned out to need none of it."""
-    store = directory.store
-    assert store is not None
-    record, _ = read_commit(store, directory.step)
-    if record.parent is None:
-        keys = [*store.list("data/"), *store.list("commits/")]
-        store.delete(*(key for key in keys if step_of(key) != directory.step))
+    @classmethod
+    def of(cls, directory: os.PathLike[str]) -> Place:
+        """Taken apart.
 
-
-def can_be_linked(directory: ItemDirectory) -> bool:
-    """Whether the directory is still there, on a file system with hard links."""
-    path = directory.path()
-    if path is None or directory.store is None:
-        return False
-    probe = path / f".link-{os.getpid()}"
-    try:
-        record = next((path / "commits").iterdir())
-        os.link(record, probe)
-    except (OSError, StopIteration):
-        return False
-    with suppress(OSError):
-        probe.unlink()
-    return True
+        Raises:
+            StoreError: it is no local path.
+        """
+        text = os.fspath(directory)
+        if "://" in text:
+            raise StoreError("AsymCheckHandler saves to local directories only", found=text)
+        path = Path(text).absolute()
+        managed = _TEMPORARY in path.parent.name
+        step = path.parent if managed else path
+        numbers = [int(n) for n in re.findall("[0-9]+", step.name.split(_TEMPORARY)[0])]
+        number = numbers[-1] if numbers and numbers[-1] <= MAX_STEP else None
+        return cls(path, step.parent, path.name.split(_TEMPORARY)[0] if managed else "", number)

@@ -24,6 +24,8 @@ from asymcheck_jax.trees import (
     values_by_path,
 )
 
+_SMALL_NBYTES = 1024
+_NUMBER = bool | int | float
 _Place = Callable[[], Any]  # makes a leaf when its bytes are read
 
 
@@ -66,7 +68,7 @@ def with_keys(node: Any) -> Any:
         if set(members) == {PRNG_KEY}:
             stored = members[PRNG_KEY]
             return jax.random.wrap_key_data(stored["data"], impl=stored["impl"])
-        return type(members)((key, with_keys(child)) for key, child in members.items())
+        return type(members)({key: with_keys(child) for key, child in members.items()})
     if isinstance(node, list | tuple):
         items = cast("list[Any] | tuple[Any, ...]", node)
         return type(items)(with_keys(item) for item in items)
@@ -99,7 +101,7 @@ def restore_into(checkpoint: Checkpoint, target: Any, *, cast_dtypes: bool = Fal
             spec = checkpoint.leaves[arrays[path]]
             problems += _place_array(reading, path, leaf, spec, values[path], cast_dtypes)
         elif path in values:
-            problems += _place_value(reading, path, leaf, values[path])
+            problems += _place_value(reading, path, leaf, values[path], cast_dtypes)
     if problems:
         raise StateMismatchError(
             "the target differs from the checkpoint: " + "; ".join(problems),
@@ -126,10 +128,11 @@ def _shaped(leaf: Any) -> bool:
 
 
 def _small_leaf(checkpoint: Checkpoint, apart: set[str]) -> Callable[[str], NDArray[Any]]:
-    """Reads a leaf that belongs into a structure; not those that are read shard by shard."""
+    """Reads a leaf that belongs into a structure; no large one that is read shard by shard."""
 
     def read(path: str) -> NDArray[Any]:
-        return np.empty(0, np.uint8) if path in apart else np.asarray(checkpoint[path][...])
+        large = checkpoint[path].nbytes > _SMALL_NBYTES
+        return np.empty(0, np.uint8) if large and path in apart else checkpoint[path][...]
 
     return read
 
@@ -152,7 +155,9 @@ def _place_array(
         reading.places[path] = _sharded(reading, spec, dtype, sharding)
         return []
     array = reading.box(spec, ShardSpec.whole(shape))
-    if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        reading.places[path] = lambda: _on_device(array.astype(dtype, copy=False))
+    elif is_array(leaf):
         reading.places[path] = lambda: array.astype(dtype, copy=False)
     else:  # a NumPy scalar, or whatever else has shape and dtype
         reading.places[path] = lambda: array.astype(dtype, copy=False)[()]
@@ -184,7 +189,7 @@ def _sharded(reading: _Reading, spec: LeafSpec, dtype: np.dtype[Any], sharding: 
 
 
 def _place_keys(reading: _Reading, path: str, leaf: Any, spec: LeafSpec, value: Any) -> list[str]:
-    """Arrange for random keys to be read; their data have one dimension more, never sharded."""
+    """Arrange for random keys to be read; every process reads them all, for they are few."""
     impl = value["impl"]
     if impl != prng_impl(leaf.dtype) or spec.shape[: len(leaf.shape)] != tuple(leaf.shape):
         return [
@@ -194,22 +199,30 @@ def _place_keys(reading: _Reading, path: str, leaf: Any, spec: LeafSpec, value: 
     data = reading.box(spec, ShardSpec.whole(spec.shape))
     sharding = getattr(leaf, "sharding", None)
 
+    def wrapped(index: Any) -> jax.Array:
+        return jax.random.wrap_key_data(jax.numpy.asarray(data[index]), impl=impl)
+
     def make() -> jax.Array:
-        keys = jax.random.wrap_key_data(jax.numpy.asarray(data), impl=impl)
-        return keys if sharding is None else jax.device_put(keys, sharding)
+        if sharding is None:
+            return wrapped(())
+        return jax.make_array_from_callback(leaf.shape, sharding, wrapped)
 
     reading.places[path] = make
     return []
 
 
-def _place_value(reading: _Reading, path: str, leaf: Any, value: Any) -> list[str]:
+def _place_value(
+    reading: _Reading, path: str, leaf: Any, value: Any, cast_dtypes: bool
+) -> list[str]:
     """A leaf where either side is a Python value; numbers and 0-d arrays stand for each other."""
     if _shaped(leaf):
-        return _place_number(reading, path, leaf, value)
+        return _place_number(reading, path, leaf, value, cast_dtypes)
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, np.generic) and not isinstance(leaf, np.generic):
         value = value.item()
+    if cast_dtypes and isinstance(value, _NUMBER) and isinstance(leaf, bool | int | float):
+        value = type(leaf)(value)
     if type(value) is not type(leaf):
         kinds = f"a {type(value).__name__} in the checkpoint and a {type(leaf).__name__}"
         return [f"{path} is {kinds} in the target"]
@@ -217,22 +230,61 @@ def _place_value(reading: _Reading, path: str, leaf: Any, value: Any) -> list[st
     return []
 
 
-def _place_number(reading: _Reading, path: str, leaf: Any, value: Any) -> list[str]:
-    """A Python number where the target has an array: exact, or it does not fit."""
+def _place_number(
+    reading: _Reading, path: str, leaf: Any, value: Any, cast_dtypes: bool
+) -> list[str]:
+    """A Python number where the target has an array: exact unless a cast was asked for."""
     fits = isinstance(value, bool | int | float | complex) and tuple(leaf.shape) == ()
     array = np.asarray(value).astype(leaf.dtype) if fits and not is_prng_key(leaf) else None
-    if array is None or array.item() != value:
+    if array is None or (array.item() != value and not cast_dtypes):
         found = f"the {type(value).__name__} {value!r}"[:60]
         return [f"{path} is {found} in the checkpoint and {leaf.dtype}{list(leaf.shape)} here"]
     sharding = getattr(leaf, "sharding", None)
-    reading.places[path] = lambda: array if sharding is None else jax.device_put(array, sharding)
+    if sharding is not None:
+        reading.places[path] = lambda: jax.device_put(array, sharding)
+    elif isinstance(leaf, jax.ShapeDtypeStruct):
+        reading.places[path] = lambda: _on_device(array)
+    else:
+        reading.places[path] = lambda: array if is_array(leaf) else array[()]
     return []
 
 
+class _Leaf:
+    """A stored leaf that is read only if the structure makes bytes or a scalar of it."""
+
+    def __init__(self, checkpoint: Checkpoint, path: str) -> None:
+        self._stored = checkpoint[path]
+
+    def __bytes__(self) -> bytes:
+        return self._stored[...].tobytes()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self._stored[...], dtype)
+
+    @property
+    def shape(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self._stored.shape, self._stored.dtype)
+
+
 def stored_shapes(checkpoint: Checkpoint) -> Any:
-    """The state with a `jax.ShapeDtypeStruct` in the place of every array; no bytes are read."""
-    structs = {
-        path: jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype))
-        for path, spec in checkpoint.leaves.items()
-    }
-    return tree.unflatten(checkpoint.structure, structs.__getitem__)
+    """The state with a `jax.ShapeDtypeStruct` for every array and random key; none is read."""
+    return _shapes(tree.unflatten(checkpoint.structure, lambda path: _Leaf(checkpoint, path)))
+
+
+def _shapes(node: Any) -> Any:
+    if isinstance(node, _Leaf):
+        return node.shape
+    if isinstance(node, dict):
+        members = cast("dict[Any, Any]", node)
+        if set(members) == {PRNG_KEY}:
+            return _key_shape(members[PRNG_KEY])
+        return type(members)({key: _shapes(child) for key, child in members.items()})
+    if isinstance(node, list | tuple):
+        items = cast("list[Any] | tuple[Any, ...]", node)
+        return type(items)(_shapes(item) for item in items)
+    return node
+
+
+def _key_shape(stored: Any) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=stored["impl"]))
+    return jax.ShapeDtypeStruct(stored["data"].shape.shape[:-1], key.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asymcheck import tree
+from asymcheck.errors import UnsupportedStateError
 from asymcheck.state import ArraySource, LeafSource, LeafSpec, ShardSpec, StateView, dtype_name
 from asymcheck_jax.trees import is_array, plain
 
@@ -20,8 +23,8 @@ _MEMBERS = frozenset({"params", "mu", "nu", "trace", "ema", "m", "v"})
 class DeviceShard:
     """One shard of an array on an accelerator as a source.
 
-    `start` asks for the copy to the host; the first read waits for it. The array must not be
-    donated before everything is read.
+    `start` asks for the copy to the host; `fetch` or the first read waits for it. The array must
+    not be donated before.
     """
 
     leaf: LeafSpec
@@ -30,19 +33,28 @@ class DeviceShard:
     owned: tuple[int, int]
     data: jax.Array
     _host: NDArray[np.uint8] | None = field(default=None, init=False)
+    _read: int = field(default=0, init=False)  # elements so far, by any thread
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def start(self) -> None:
         """Ask for the copy to the host; returns at once."""
         self.data.copy_to_host_async()
 
+    def fetch(self) -> NDArray[np.uint8]:
+        """Wait for the copy to the host; from then on the array may be donated."""
+        host = self._host
+        if host is None:
+            host = self._host = _bytes_of(np.asarray(self.data))
+        return host
+
     def read_into(self, start: int, count: int, out: NDArray[np.uint8]) -> None:
         """Copy elements [start, start + count) of the shard into `out`."""
-        if self._host is None:
-            self._host = _bytes_of(np.asarray(self.data))
         begin = start * self.leaf.itemsize
-        np.copyto(out, self._host[begin : begin + len(out)])
-        if start + count == self.owned[1]:
-            self._host = None
+        np.copyto(out, self.fetch()[begin : begin + len(out)])
+        with self._lock:
+            self._read += count
+            if self._read == self.owned[1]:
+                self._host = None
 
 
 @dataclass(slots=True)
@@ -75,19 +87,38 @@ def view_of(state: Any, process: int) -> StateView:
     Raises:
         UnsupportedStateError: something cannot be stored; names its path.
     """
-    flat = tree.flatten(plain(state), is_array, id)
+    flat = tree.flatten(plain(state), is_array, _identity)
     sources: list[LeafSource] = []
     for path, value in flat.leaves.items():
         if isinstance(value, jax.Array):
             sources += _shards(path, value)
-        elif process == 0:
-            sources.append(_host_array(path, value))
+            continue
+        source = _host_array(path, value)  # on all processes: all refuse what cannot be stored
+        if process == 0:
+            sources.append(source)
     stored = {source.leaf.path for source in sources}
     aliases = {path: others for path, others in flat.aliases.items() if path in stored}
-    return StateView(flat.structure, tuple(sources), aliases)
+    structure = flat.structure
+    if process != 0 and isinstance(structure, dict) and "dict" in structure:
+        structure = {"dict": []}  # Python values may differ: those of process 0 count
+    return StateView(structure, tuple(sources), aliases)
+
+
+def _identity(value: object) -> Hashable:
+    """Equal for what is stored once; of several processes each sees other NumPy arrays as one."""
+    if isinstance(value, jax.Array) or jax.process_count() == 1:
+        return id(value)
+    return object()
 
 
 def _shards(path: str, array: jax.Array) -> list[LeafSource]:
+    if jax.process_count() > 1 and array.is_fully_addressable:
+        raise UnsupportedStateError(
+            "with several processes an array of one process only cannot be stored",
+            leaf=path,
+            found=str(array.sharding)[:120],
+            hint="Give it a sharding over all devices, or pass a NumPy array or a number",
+        )
     leaf = LeafSpec(path, dtype_name(np.dtype(array.dtype), path), array.shape)
     group = _group(path)
     found: list[LeafSource] = []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,9 @@ import pytest
 
 import asymcheck
 import asymcheck_jax
+from asymcheck.errors import StoreError
 from asymcheck.policy import Always, Decision, PolicyRequest
+from asymcheck.stores import LocalStore
 from asymcheck.strategies import AsymCheck
 
 DELTA = AsymCheck(policy=Always("delta"))
@@ -122,7 +122,7 @@ def test_orbax_deletes_while_the_chain_grows(tmp_path: Path, kept: int) -> None:
     assert depth(tmp_path, 6) == 6
 
 
-def test_after_the_newest_step_is_deleted_the_next_is_a_base(tmp_path: Path) -> None:
+def test_the_chain_goes_on_when_the_newest_step_is_deleted(tmp_path: Path) -> None:
     with ocp.CheckpointManager(tmp_path, item_handlers=handler()) as manager:
         for step in (0, 1):
             manager.save(step, args=asymcheck_jax.AsymCheckSave(state(step)))
@@ -131,14 +131,19 @@ def test_after_the_newest_step_is_deleted_the_next_is_a_base(tmp_path: Path) -> 
         for step in (2, 3):
             manager.save(step, args=asymcheck_jax.AsymCheckSave(state(step)))
         manager.wait_until_finished()
-    assert [depth(tmp_path, step) for step in (0, 2, 3)] == [0, 0, 1]
+        for step in (0, 2, 3):
+            found = manager.restore(step, args=asymcheck_jax.AsymCheckRestore(state(0)))
+            assert np.array_equal(found["params"]["w"], state(step)["params"]["w"])
+        assert (tmp_path / ".asymcheck-held").exists()
+    assert [depth(tmp_path, step) for step in (0, 2, 3)] == [0, 2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "2", "3"]
 
 
 def test_where_steps_cannot_be_linked_every_step_is_a_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As between file systems (simulated: the call between directories is refused)."""
-    monkeypatch.setattr("asymcheck_jax.directories.os", _OsWithoutLinks())
+    """As on a file system that has run out of links (simulated: linking steps is refused)."""
+    monkeypatch.setattr(LocalStore, "adopt", _refused)
     with ocp.CheckpointManager(tmp_path, item_handlers=handler()) as manager:
         for step in range(3):
             manager.save(step, args=asymcheck_jax.AsymCheckSave(state(step)))
@@ -148,12 +153,8 @@ def test_where_steps_cannot_be_linked_every_step_is_a_base(
     assert [depth(tmp_path, step) for step in range(3)] == [0, 0, 0]
 
 
-class _OsWithoutLinks:
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
-
-    def link(self, source: object, target: object) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
+def _refused(*_: object) -> None:
+    raise StoreError("too many links")
 
 
 def test_a_step_copied_alone_is_whole(run: Path, tmp_path: Path) -> None:

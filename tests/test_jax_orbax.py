@@ -427,7 +427,7 @@ def test_every_byte_is_stored_once(managers: Managers, tmp_path: Path) -> None:
     manager = managers(asymcheck_jax.AsymCheckHandler(strategy="asymcheck-naive"))
     manager.save(0, args=OURS.save(state))
     manager.wait_until_finished()
-    packs = (tmp_path / "run").rglob("*.pack")
+    packs = (tmp_path / "run" / "0").rglob("*.pack")
     assert sum(pack.stat().st_size for pack in packs) == 3 * 400_000
 
 

@@ -21,13 +21,13 @@ from jax.sharding import PartitionSpec as P
 
 import asymcheck
 import asymcheck_jax
-import asymcheck_jax.handler
 import asymcheck_jax.sources
 from asymcheck.errors import AsymCheckError
 from asymcheck.policy import Always
 from asymcheck.snapshot import Capture
 from asymcheck.strategies import AsymCheck
 from asymcheck_jax import AsymCheckHandler, AsymCheckRestore, AsymCheckSave
+from asymcheck_jax.directories import HeldStep
 
 DELTA = AsymCheck(policy=Always("delta"))
 Managers = Callable[..., ocp.CheckpointManager]
@@ -73,19 +73,19 @@ def test_a_predecessor_half_deleted_never_leaves_a_committed_step_unreadable(
     manager = managers(AsymCheckHandler(strategy=DELTA))
     manager.save(0, args=AsymCheckSave({"w": jnp.ones(50_000)}))
     manager.wait_until_finished()
-    link_objects = asymcheck_jax.handler.link_objects
+    give = HeldStep.give
 
     def delete() -> None:
         shutil.rmtree(tmp_path / "run" / "0" / "default" / lost)
 
-    def link_late(*args: Any) -> None:
+    def give_late(self: HeldStep, directory: Any) -> None:
         delete()
-        link_objects(*args)
+        give(self, directory)
 
     if when == "before":
         delete()
     else:
-        monkeypatch.setattr(asymcheck_jax.handler, "link_objects", link_late)
+        monkeypatch.setattr(HeldStep, "give", give_late)
     try:
         manager.save(1, args=AsymCheckSave({"w": jnp.full(50_000, 2.0)}))
         manager.wait_until_finished()
@@ -166,6 +166,33 @@ class _Clock:
 
     def monotonic(self) -> float:
         return self._now_s[0]
+
+
+def test_copies_from_a_device_are_spread_over_the_time_between_saves(
+    managers: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asymcheck_jax.sources, "HostShard", _as_on_a_device)
+    waited_s: list[float] = []
+    await_captured = Capture.await_captured
+
+    def note(self: Capture, timeout_s: float) -> bool:
+        waited_s.append(timeout_s)
+        return await_captured(self, timeout_s)
+
+    monkeypatch.setattr(Capture, "await_captured", note)
+    now_s = [0.0]
+    monkeypatch.setattr("asymcheck_jax.handler.time", _Clock(now_s))
+    manager = managers(AsymCheckHandler(donation_is_held=True))
+    for step in range(3):
+        state = {"w": jnp.full(1 << 20, float(step))}
+        waited_s.clear()
+        manager.save(step, args=AsymCheckSave(state))
+        manager.wait_until_finished()
+        paces_s = {s for s in waited_s if s > 0}  # others only ask
+        assert paces_s <= {[0.0, 0.1 / 8, 1.0 / 8][step]}, step
+        now_s[0] = [0.2, 1000.0, 0.0][step]
+    assert paces_s
+    assert np.array_equal(manager.restore(2, args=AsymCheckRestore())["w"], state["w"])
 
 
 def test_a_synchronous_save_inside_an_event_loop(tmp_path: Path) -> None:

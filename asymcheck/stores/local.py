@@ -62,6 +62,11 @@ class LocalStore:
         return self._url
 
     @property
+    def root(self) -> Path:
+        """The directory."""
+        return self._root
+
+    @property
     def durable(self) -> bool:
         """True: `put` returns when data and names are synced."""
         return True

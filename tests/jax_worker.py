@@ -12,7 +12,7 @@ from typing import Any
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=["save", "restore", "die"])
+    parser.add_argument("mode", choices=["save", "restore", "die", "refuse", "differ"])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--count", type=int, default=1)
@@ -35,7 +35,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import asymcheck_jax
+from asymcheck.errors import UnsupportedStateError
+from asymcheck.policy import Always
 from asymcheck.stores import LocalStore
+from asymcheck.strategies import AsymCheck
 
 SHAPE = (64, 48)
 STEPS = 4
@@ -62,7 +65,13 @@ def state(step: int) -> dict[str, Any]:
         "all": placed(value(step + 200)),
         "host": np.arange(5),
         "step": step,
+        "of rank 0": 1.0 + args.rank,
+        "keys": jax.make_array_from_callback((8,), sharding("x"), keys),
     }
+
+
+def keys(index: tuple[slice, ...]) -> jax.Array:
+    return jax.random.split(jax.random.key(7), 8)[index[0]]
 
 
 def manager(handler: Any, **options: Any) -> ocp.CheckpointManager:
@@ -99,6 +108,8 @@ def restore() -> None:
         "all": jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=sharding(None, "x")),
         "host": np.zeros(5, np.int64),
         "step": 0,
+        "of rank 0": 0.0,
+        "keys": jax.ShapeDtypeStruct((8,), jax.random.key(0).dtype, sharding=sharding("y")),
     }
     with manager(asymcheck_jax.AsymCheckHandler()) as reader:
         found = reader.restore(step, args=asymcheck_jax.AsymCheckRestore(target))
@@ -107,7 +118,45 @@ def restore() -> None:
         for shard in found[name].addressable_shards:
             assert np.array_equal(shard.data, value(step + offset)[shard.index]), name
     assert found["host"].tolist() == list(range(5)) and found["step"] == step
+    assert found["of rank 0"] == 1.0
+    for shard in found["keys"].addressable_shards:
+        assert np.array_equal(
+            jax.random.key_data(shard.data), jax.random.key_data(keys(shard.index))
+        )
     print(f"read {read[0]}", flush=True)
+
+
+def refuse() -> None:
+    """What cannot be stored is refused by every process, so that none waits for another."""
+    odd = {"dates": np.array(["2020"], "M8[Y]"), "of one process": jax.numpy.int32(args.rank)}
+    for name, leaf in odd.items():
+        with manager(asymcheck_jax.AsymCheckHandler()) as saver:
+            try:
+                saver.save(0, args=asymcheck_jax.AsymCheckSave({"w": placed(value(0)), name: leaf}))
+            except UnsupportedStateError as error:
+                assert error.leaf == name
+                print(f"refused {name}", flush=True)
+
+
+def differ() -> None:
+    """Process 0 holds nothing to build on, process 1 believes it does: no read may fail."""
+    strategy = AsymCheck(policy=Always("delta"))
+    handler = asymcheck_jax.AsymCheckHandler(strategy=strategy, commit_timeout_s=20.0)
+    with manager(handler) as saver:
+        for step in range(4):
+            if step == 1 and args.rank == 0:
+                handler._base_step = None
+            saver.save(step, args=asymcheck_jax.AsymCheckSave({"both": placed(value(step), "x")}))
+            try:
+                saver.wait_until_finished()
+            except Exception as error:
+                print(f"step {step} failed: {type(error).__name__}", flush=True)
+        for step in saver.all_steps():
+            target = {"both": jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=sharding("x"))}
+            found = saver.restore(step, args=asymcheck_jax.AsymCheckRestore(target))
+            for shard in found["both"].addressable_shards:
+                assert np.array_equal(shard.data, value(step)[shard.index]), step
+        print(f"steps {saver.all_steps()}", flush=True)
 
 
 def die() -> None:
@@ -128,4 +177,4 @@ def die() -> None:
     sys.exit("a step was saved without one process's part")
 
 
-{"save": save, "restore": restore, "die": die}[args.mode]()
+{"save": save, "restore": restore, "die": die, "refuse": refuse, "differ": differ}[args.mode]()

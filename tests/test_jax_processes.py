@@ -77,3 +77,15 @@ def test_a_process_that_dies_in_a_save_leaves_no_step_and_hangs_nobody(tmp_path:
     assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["0"]
     with asymcheck.open_checkpoint(tmp_path / "0" / "default") as checkpoint:
         checkpoint.verify()
+
+
+def test_what_cannot_be_stored_is_refused_by_every_process(tmp_path: Path) -> None:
+    for said in run("refuse", tmp_path, 2, 2):
+        refused = [line for line in said.splitlines() if line.startswith("refused")]
+        assert refused == ["refused dates", "refused of one process"]
+
+
+def test_processes_that_differ_about_the_base_commit_nothing_unreadable(tmp_path: Path) -> None:
+    for said in run("differ", tmp_path, 2, 2):
+        (steps,) = (line for line in said.splitlines() if line.startswith("steps "))
+        assert steps in ("steps [0, 2, 3]", "steps [0, 1, 2, 3]"), said

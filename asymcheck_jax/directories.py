@@ -14,20 +14,49 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
 
 from asymcheck.commit import CommitRecord, read_commit
 from asymcheck.errors import (
     CommitError,
+    CorruptionError,
     ObjectNotFoundError,
+    ObjectTooLongError,
     StoreError,
     StoreUnavailableError,
 )
-from asymcheck.manifest import MAX_STEP
-from asymcheck.records import unseal
-from asymcheck.stores import LocalStore
+from asymcheck.manifest import MAX_STEP, Record
+from asymcheck.records import seal, unseal
+from asymcheck.stores import LocalStore, Store
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"(?:data|commits)/([0-9]{16})[-.].*", re.DOTALL)
+
+
+ITEM_KEY = "orbax/item.json"
+
+
+class Item(Record):
+    """Which of the steps in an item's directory is the item's; the others are its bases."""
+
+    step: Annotated[int, Meta(ge=0, le=MAX_STEP)]
+
+
+def read_item(store: Store) -> int:
+    """The step that an item's directory is for.
+
+    Raises:
+        CorruptionError, FormatError: it does not say, or not any more.
+    """
+    try:
+        data = store.get(ITEM_KEY, 1 << 16)
+    except (ObjectNotFoundError, ObjectTooLongError) as error:
+        raise CorruptionError(
+            "the directory does not say which step it holds", object=ITEM_KEY
+        ) from error
+    return unseal(data, "item", Item, object=ITEM_KEY).step
 
 
 @dataclass(slots=True)
@@ -54,6 +83,10 @@ class ItemDirectory:
         """The directory exists: objects may be written."""
         self._store = LocalStore(path)
         self.created.set()
+
+    def mark(self) -> None:
+        """Say which step the directory is for, durably."""
+        self.opened.put(ITEM_KEY, memoryview(seal("item", Item(self.step))))
 
     def give_up(self, error: BaseException) -> None:
         """The directory will not exist, or nobody wants it any more: who waits for it fails."""

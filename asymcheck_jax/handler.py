@@ -15,9 +15,8 @@ from etils import epath
 from orbax.checkpoint import future as orbax_future
 
 from asymcheck.checkpointer import Checkpointer
-from asymcheck.commit import committed_steps
 from asymcheck.cost import CostModel
-from asymcheck.errors import CheckpointNotFoundError, SaveFailedError, StoreError
+from asymcheck.errors import SaveFailedError, StoreError
 from asymcheck.partition import Phase, Window
 from asymcheck.reader import Checkpoint, open_step
 from asymcheck.snapshot import Capture
@@ -28,6 +27,7 @@ from asymcheck_jax.directories import (
     ItemDirectories,
     ItemDirectory,
     Place,
+    read_item,
     unlink_unused,
 )
 from asymcheck_jax.donation import note_capture
@@ -147,6 +147,8 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         try:
             try:
                 item.open(save.place.path)
+                if primary:
+                    item.mark()
                 if primary and capture.base_step is not None and self._held is not None:
                     self._held.give(item)
             except BaseException as error:
@@ -283,18 +285,15 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
 
 
 def open_item(path: str) -> Checkpoint:
-    """The step that an item's directory holds: the newest; those below it are its bases.
+    """The step that an item's directory is for.
 
     Raises:
-        CheckpointNotFoundError: the directory holds none.
+        CheckpointNotFoundError: it is not in the directory.
         CorruptionError, FormatError: it is damaged.
     """
     store = open_store(path)
     try:
-        steps = committed_steps(store)
-        if not steps:
-            raise CheckpointNotFoundError("the directory holds no AsymCheck step", object=path)
-        return open_step(store, steps[-1])
+        return open_step(store, read_item(store))
     except BaseException:
         store.close()
         raise

@@ -15,7 +15,7 @@ import pytest
 
 import asymcheck
 import asymcheck_jax
-from asymcheck.errors import StoreError
+from asymcheck.errors import CheckpointNotFoundError, CorruptionError, StoreError
 from asymcheck.policy import Always, Decision, PolicyRequest
 from asymcheck.stores import LocalStore
 from asymcheck.strategies import AsymCheck
@@ -102,6 +102,21 @@ def test_a_step_that_is_no_increment_keeps_nothing_of_another(
         name = file.parent.name if file.suffix == ".pack" else file.name
         assert int(name[:16]) == int(file.relative_to(tmp_path).parts[0]), file
     assert [depth(tmp_path, step) for step in STEPS] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("lost", ["commits/*3.json", "orbax/item.json", "data/*3-*/*.pack"])
+def test_a_step_that_lost_something_is_never_taken_for_one_that_it_builds_on(
+    run: Path, lost: str, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, copy_function=_link)
+    for file in (copy / "3" / "default").glob(lost):
+        file.unlink()
+    with ocp.CheckpointManager(copy, item_handlers=handler()) as manager:
+        with pytest.raises((CorruptionError, CheckpointNotFoundError)):
+            manager.restore(3, args=asymcheck_jax.AsymCheckRestore(state(0)))
+        found = manager.restore(2, args=asymcheck_jax.AsymCheckRestore(state(0)))
+        assert np.array_equal(found["params"]["w"], state(2)["params"]["w"])
 
 
 def _link(source: str, target: str) -> None:

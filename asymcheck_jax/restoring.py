@@ -25,6 +25,7 @@ from asymcheck_jax.trees import (
 )
 
 _SMALL_NBYTES = 1024
+_XLA_ALIGNMENT = 64
 _NUMBER = bool | int | float
 _Place = Callable[[], Any]  # makes a leaf when its bytes are read
 
@@ -37,9 +38,17 @@ class _Reading:
     places: dict[str, _Place] = field(default_factory=dict[str, _Place])
 
     def box(self, spec: LeafSpec, box: ShardSpec) -> NDArray[Any]:
-        array = np.empty(box.shape, dtype_of(spec.dtype))
-        self.destinations.append(Destination(spec.path, box, array.reshape(-1).view(np.uint8)))
-        return array
+        dtype = dtype_of(spec.dtype)
+        memory = _aligned(box.size * dtype.itemsize)
+        self.destinations.append(Destination(spec.path, box, memory))
+        return memory.view(dtype).reshape(box.shape)
+
+
+def _aligned(nbytes: int) -> NDArray[np.uint8]:
+    """Fresh memory aligned as XLA's own, which JAX on the CPU takes over without a copy."""
+    memory = np.empty(nbytes + _XLA_ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _XLA_ALIGNMENT
+    return memory[start : start + nbytes]
 
 
 def restore_tree(checkpoint: Checkpoint) -> Any:

@@ -1,4 +1,4 @@
-"""Donated buffers: never an error, never wrong values; on a device by a helper."""
+"""Donated buffers: never an error, never wrong values; on a device by `hold_donation`."""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from types import EllipsisType, TracebackType
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from asymcheck.stores.base import Store
 
 _BATCH_NBYTES = 64 << 20
 
+T = TypeVar("T")
 Index = SupportsIndex | slice | EllipsisType | tuple[Any, ...]
 
 
@@ -315,6 +316,26 @@ def open_checkpoint(url: str | os.PathLike[str], step: int | None = None) -> Che
         with suppress(Exception):
             store.close()
         raise
+
+
+def read_step(url: str | os.PathLike[str], step: int | None, read: Callable[[Checkpoint], T]) -> T:
+    """`read(checkpoint)` for a step, which may raise what it finds damaged; for adapters.
+
+    Args:
+        url: the run: a path or a URL.
+        step: which step; None for the newest good one: `read` is called again for an older one
+            when it raises `CorruptionError` or `FormatError`.
+        read: what to make of it.
+
+    Raises:
+        CheckpointNotFoundError: there is no such step, or none that is whole.
+        CorruptionError, FormatError: the step asked for by number is damaged.
+        StoreError: the store failed.
+    """
+    with closing(open_store(url)) as store:
+        if step is not None:
+            return read(open_step(store, step))
+        return newest_good(store, lambda s: read(open_step(store, s)), lambda _s, _e: None)
 
 
 def _open_or_list(store: Store, step: int) -> Checkpoint:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import closing
 from typing import Any
 
 import jax
 
-from asymcheck.reader import Checkpoint, open_step
-from asymcheck.restore import newest_good
-from asymcheck.stores import open_store
+from asymcheck.reader import Checkpoint, read_step
 from asymcheck_jax.restoring import restore_into, restore_tree, stored_shapes
 from asymcheck_jax.trees import leaves_by_path
 
@@ -36,12 +33,7 @@ def load(
         CorruptionError, FormatError: the step asked for by number is damaged.
         StoreError: the store failed.
     """
-    with closing(open_store(url)) as store:
-        if step is not None:
-            return _read(open_step(store, step), shardings)
-        return newest_good(
-            store, lambda s: _read(open_step(store, s), shardings), lambda _s, _e: None
-        )
+    return read_step(url, step, lambda checkpoint: _read(checkpoint, shardings))
 
 
 def _read(checkpoint: Checkpoint, shardings: Any) -> Any:

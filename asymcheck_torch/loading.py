@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
 from typing import Any
 
-from asymcheck.reader import Checkpoint, open_step
-from asymcheck.restore import newest_good
-from asymcheck.stores import open_store
+from asymcheck.reader import Checkpoint, read_step
 from asymcheck_torch.stored import numpy_leaves_of, rebuild
 
 
@@ -28,10 +25,7 @@ def load(url: str | os.PathLike[str], step: int | None = None) -> Any:
         UnsupportedStateError: a leaf has a dtype that torch does not have.
         StoreError: the store failed.
     """
-    with closing(open_store(url)) as store:
-        if step is not None:
-            return _read(open_step(store, step))
-        return newest_good(store, lambda s: _read(open_step(store, s)), lambda _s, _e: None)
+    return read_step(url, step, _read)
 
 
 def _read(checkpoint: Checkpoint) -> Any:

@@ -363,7 +363,7 @@ class Checkpointer:
         for committed in sorted(later, key=lambda c: -c.step):
             remove_step(self._store, committed)
             self._known.pop(committed.step, None)
-        self._increments.forget()  # perhaps one of these: nothing may build on it
+        self.start_chain()  # the last step is perhaps one of these
         return sorted(c.step for c in later)
 
     def start_chain(self) -> None:

@@ -17,7 +17,7 @@ from orbax.checkpoint import future as orbax_future
 from asymcheck.checkpointer import Checkpointer
 from asymcheck.cost import CostModel
 from asymcheck.errors import SaveFailedError, StoreError
-from asymcheck.partition import Phase, Window
+from asymcheck.partition import even_windows
 from asymcheck.reader import Checkpoint, open_step
 from asymcheck.snapshot import Capture
 from asymcheck.stores import open_store
@@ -94,7 +94,6 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         self._base_step: int | None = None  # what the next step may build on
         self._under_way: _UnderWay | None = None  # the last save, done or not
         self._last_save_s: float | None = None
-        self._finishing = threading.Lock()
 
     # -- saving ----------------------------------------------------------------------------
 
@@ -121,7 +120,7 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
             checkpointer.start_chain()
         item = self._directories.begin(step)
         capture = checkpointer.begin(
-            step, view, windows=self._windows(), metadata=args.metadata or {}
+            step, view, windows=even_windows(_WINDOWS, 0), metadata=args.metadata or {}
         )
         self._base_step = None  # until this one is committed
         self._under_way = _UnderWay(place, item, capture)
@@ -155,8 +154,7 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
                 item.give_up(error)
                 capture.fail(error)
             self._spread(capture, pace_s)
-            with self._finishing:
-                capture.finish()
+            capture.finish()
             capture.pending.wait()
             if primary:
                 if item.has_bases:
@@ -187,9 +185,6 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
             capture.enter_window(ordinal)
             if capture.await_captured(pace_s / _WINDOWS):
                 return
-
-    def _windows(self) -> list[Window]:
-        return [Window(Phase.FORWARD, i, 1.0) for i in range(_WINDOWS)]
 
     def _pace_s(self) -> float:
         """Over how long to spread the copies from the device.

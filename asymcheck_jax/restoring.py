@@ -70,18 +70,26 @@ def _is_held(dtype: np.dtype[Any]) -> bool:
     return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
-def with_keys(node: Any) -> Any:
+def with_keys(state: Any) -> Any:
     """The stored form of random keys as keys."""
+    return _mapped(state, lambda leaf: leaf, _wrapped)
+
+
+def _wrapped(stored: Any) -> jax.Array:
+    return jax.random.wrap_key_data(stored["data"], impl=stored["impl"])
+
+
+def _mapped(node: Any, leaf: Callable[[Any], Any], key: Callable[[Any], Any]) -> Any:
+    """A nested state with `leaf(value)` for every value, and `key(stored)` for a random key."""
     if isinstance(node, dict):
         members = cast("dict[Any, Any]", node)
         if set(members) == {PRNG_KEY}:
-            stored = members[PRNG_KEY]
-            return jax.random.wrap_key_data(stored["data"], impl=stored["impl"])
-        return type(members)({key: with_keys(child) for key, child in members.items()})
+            return key(members[PRNG_KEY])
+        return type(members)({k: _mapped(child, leaf, key) for k, child in members.items()})
     if isinstance(node, list | tuple):
         items = cast("list[Any] | tuple[Any, ...]", node)
-        return type(items)(with_keys(item) for item in items)
-    return node
+        return type(items)(_mapped(item, leaf, key) for item in items)
+    return leaf(node)
 
 
 def restore_into(checkpoint: Checkpoint, target: Any, *, cast_dtypes: bool = False) -> Any:
@@ -271,29 +279,16 @@ class _Leaf:
         return np.asarray(self._stored[...], dtype)
 
     @property
-    def shape(self) -> jax.ShapeDtypeStruct:
+    def struct(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self._stored.shape, self._stored.dtype)
 
 
 def stored_shapes(checkpoint: Checkpoint) -> Any:
     """The state with a `jax.ShapeDtypeStruct` for every array and random key; none is read."""
-    return _shapes(tree.unflatten(checkpoint.structure, lambda path: _Leaf(checkpoint, path)))
+    state = tree.unflatten(checkpoint.structure, lambda path: _Leaf(checkpoint, path))
+    return _mapped(state, lambda v: v.struct if isinstance(v, _Leaf) else v, _key_struct)
 
 
-def _shapes(node: Any) -> Any:
-    if isinstance(node, _Leaf):
-        return node.shape
-    if isinstance(node, dict):
-        members = cast("dict[Any, Any]", node)
-        if set(members) == {PRNG_KEY}:
-            return _key_shape(members[PRNG_KEY])
-        return type(members)({key: _shapes(child) for key, child in members.items()})
-    if isinstance(node, list | tuple):
-        items = cast("list[Any] | tuple[Any, ...]", node)
-        return type(items)(_shapes(item) for item in items)
-    return node
-
-
-def _key_shape(stored: Any) -> jax.ShapeDtypeStruct:
+def _key_struct(stored: Any) -> jax.ShapeDtypeStruct:
     key = jax.eval_shape(lambda: jax.random.key(0, impl=stored["impl"]))
-    return jax.ShapeDtypeStruct(stored["data"].shape.shape[:-1], key.dtype)
+    return jax.ShapeDtypeStruct(stored["data"].struct.shape[:-1], key.dtype)

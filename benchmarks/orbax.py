@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -23,6 +21,7 @@ from typing import Any
 
 # In the place of this file's directory, where `import orbax` would find this file.
 sys.path[0] = str(Path(__file__).parents[1] / "examples")
+sys.path.insert(1, str(Path(__file__).parent / "common"))
 
 VARIANTS = ("orbax", "orbax-raw", "asymcheck-naive", "asymcheck")
 
@@ -50,31 +49,6 @@ def _pytree_restore(target: Any) -> Any:
     )
 
 
-class MemoryPeak:
-    """The largest anonymous memory of this process since the beginning, sampled."""
-
-    def __init__(self) -> None:
-        self.baseline = self.peak = self._now()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            self.peak = max(self.peak, self._now())
-
-    def stop(self) -> int:
-        self._stop.set()
-        self._thread.join()
-        return self.peak - self.baseline
-
-    @staticmethod
-    def _now() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        (line,) = (line for line in lines if line.startswith("RssAnon"))
-        return int(line.split()[1]) * 1024
-
-
 def run_variant(args: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
@@ -82,6 +56,7 @@ def run_variant(args: argparse.Namespace) -> None:
     import orbax.checkpoint as ocp
     from flax import nnx
     from gpt2_flax import GPT2, SMALL, TINY, loss_of
+    from machine import MemoryPeak, drop_caches
 
     config = TINY if args.small else SMALL
     optimizer = optax.adamw(3e-4)
@@ -112,7 +87,7 @@ def run_variant(args: argparse.Namespace) -> None:
     handler, save_args, restore_args = make_handler(args.variant)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     manager = ocp.CheckpointManager(args.directory, item_handlers=handler, options=options)
-    memory = MemoryPeak()
+    memory = MemoryPeak(interval_s=0.02)
     for number in range(3):
         state = step(state, number)
         begun_s = time.perf_counter()
@@ -137,7 +112,7 @@ def run_variant(args: argparse.Namespace) -> None:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     drop_caches()
-    memory = MemoryPeak()
+    memory = MemoryPeak(interval_s=0.02)
     begun_s = time.perf_counter()
     found = manager.restore(manager.latest_step(), args=restore_args(target))
     jax.block_until_ready(found)
@@ -147,14 +122,6 @@ def run_variant(args: argparse.Namespace) -> None:
     assert all(jax.tree.leaves(same)), "what was restored is not what was saved"
     manager.close()
     print(json.dumps(result))
-
-
-def drop_caches() -> None:
-    os.sync()
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError:
-        print("page cache not dropped: not allowed here", file=sys.stderr)
 
 
 # -- the parent --------------------------------------------------------------------------------

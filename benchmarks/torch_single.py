@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,9 @@ import asymcheck
 import asymcheck_torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(1, str(Path(__file__).parent / "common"))
 from gpt2 import GPT2, SMALL, TINY
+from machine import MemoryPeak, drop_caches
 
 ASYMCHECK = ("asymcheck-naive", "asymcheck-s", "asymcheck")
 VARIANTS = (
@@ -191,57 +192,6 @@ def stats_of(directory: Path, step: int) -> dict[str, Any]:
         return checkpoint.chain[0].manifests[0].stats
 
 
-class MemoryPeak:
-    """The largest memory of this process and its children while it watches, sampled.
-
-    Anonymous memory of all, and shared memory once (the largest mapping of any of them).
-    """
-
-    def __init__(self) -> None:
-        self.baseline = self._now()
-        self.peak = self.baseline
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.1):
-            self.peak = max(self.peak, self._now())
-
-    def stop(self) -> int:
-        self._stop.set()
-        self._thread.join()
-        return max(0, self.peak - self.baseline)
-
-    @staticmethod
-    def _now() -> int:
-        children = subprocess_tree(os.getpid())
-        fields = [memory_fields(pid) for pid in [os.getpid(), *children]]
-        anonymous = sum(f.get("RssAnon", 0) for f in fields)
-        return anonymous + max((f.get("RssShmem", 0) for f in fields), default=0)
-
-
-def subprocess_tree(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in task.read_text().split()]
-        except OSError:
-            continue
-        for child in children:
-            found += [child, *subprocess_tree(child)]
-    return found
-
-
-def memory_fields(pid: int) -> dict[str, int]:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split(":") for line in lines if line.startswith("Rss"))
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
-
-
 def build(args: argparse.Namespace) -> tuple[GPT2, torch.optim.Optimizer, Callable[[], Any]]:
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -337,14 +287,6 @@ def restore(args: argparse.Namespace, last: Path, model: Any, optimizer: Any) ->
         dcp.load(state, checkpoint_id=last)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-
-
-def drop_caches() -> None:
-    os.sync()
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError:
-        print("page cache not dropped: not allowed here", file=sys.stderr)
 
 
 def read_raw(files: list[Path]) -> float:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
 from memory_store import MemoryStore
+
+from asymcheck.cli import main
 
 # Eight devices to shard over; must be set before anything imports JAX.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -22,6 +25,19 @@ _names = itertools.count()
 def store() -> MemoryStore:
     """An empty store in memory that tests can watch, hold up and make fail."""
     return MemoryStore()
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call the command; exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main(["asymcheck", *map(str, arguments)])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
 
 
 @pytest.fixture

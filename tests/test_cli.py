@@ -18,7 +18,7 @@ import pytest
 from sample_run import STEPS, state_at, write_run
 
 import asymcheck
-from asymcheck.cli import COMMANDS, Command, _guarded, main
+from asymcheck.cli import COMMANDS, Command, _guarded
 from asymcheck.commit import commit_key
 from asymcheck.inspection.text import duration, printable, size, table
 from asymcheck.inspection.values import MAX_PIECE_SIZE, StatisticsBuilder, pieces
@@ -46,19 +46,6 @@ def run(tmp_path: Path) -> Path:
     """A run to damage."""
     write_run(tmp_path / "run")
     return tmp_path / "run"
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Call:
-    """Call the command; exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(["asymcheck", *map(str, arguments)])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
 
 
 def packs(run: Path, step: int) -> list[Path]:

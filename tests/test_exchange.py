@@ -19,7 +19,6 @@ import pytest
 from sample_run import state_at, write_run
 
 import asymcheck
-from asymcheck.cli import main
 from asymcheck.errors import SourceError, StoreError, UnsupportedStateError
 from asymcheck.inspection import plugins
 from asymcheck.inspection.export import export
@@ -69,19 +68,6 @@ def jax_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         manager.save(5, args=asymcheck_jax.AsymCheckSave(JAX_STATE))
         manager.wait_until_finished()
     return root / "5" / "default"
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str]) -> Call:
-    """Call the command; exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(["asymcheck", *map(str, arguments)])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
 
 
 def bits(value: Any) -> tuple[str, tuple[int, ...], bytes]:

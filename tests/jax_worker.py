@@ -12,7 +12,7 @@ from typing import Any
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=["save", "restore", "die", "refuse", "differ"])
+    parser.add_argument("mode", choices=["save", "restore", "die", "unnamed", "refuse", "differ"])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--count", type=int, default=1)
@@ -177,4 +177,23 @@ def die() -> None:
     sys.exit("a step was saved without one process's part")
 
 
-{"save": save, "restore": restore, "die": die, "refuse": refuse, "differ": differ}[args.mode]()
+def unnamed() -> None:
+    """The process dies when all of a step is durable and Orbax has not yet named it a step."""
+    handler = asymcheck_jax.AsymCheckHandler()
+    with manager(handler) as saver:
+        saver.save(0, args=asymcheck_jax.AsymCheckSave(state(0)))
+        saver.wait_until_finished()
+        handler.finalize = lambda directory: os._exit(9)  # type: ignore[method-assign]
+        saver.save(1, args=asymcheck_jax.AsymCheckSave(state(1)))
+        saver.wait_until_finished()
+
+
+MODES = {
+    "save": save,
+    "restore": restore,
+    "die": die,
+    "unnamed": unnamed,
+    "refuse": refuse,
+    "differ": differ,
+}
+MODES[args.mode]()

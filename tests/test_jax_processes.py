@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import asymcheck
+import asymcheck_jax
 
 WORKER = Path(__file__).with_name("jax_worker.py")
 TIMEOUT_S = 240
@@ -77,6 +80,22 @@ def test_a_process_that_dies_in_a_save_leaves_no_step_and_hangs_nobody(tmp_path:
     assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["0"]
     with asymcheck.open_checkpoint(tmp_path / "0" / "default") as checkpoint:
         checkpoint.verify()
+
+
+def test_a_step_that_orbax_has_not_named_is_none(tmp_path: Path) -> None:
+    (process,) = start("unnamed", tmp_path, 1, 2)
+    said, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 9, said[-3000:]
+    assert list(tmp_path.glob("1.*/default*/commits/*")), "the step was not even durable"
+    handler = asymcheck_jax.AsymCheckHandler()
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
+        assert manager.all_steps() == [0]
+        with pytest.raises(FileNotFoundError):
+            manager.restore(1, args=asymcheck_jax.AsymCheckRestore())
+        manager.save(1, args=asymcheck_jax.AsymCheckSave({"w": np.arange(3)}))
+        manager.wait_until_finished()
+        found = manager.restore(1, args=asymcheck_jax.AsymCheckRestore())
+    assert found["w"].tolist() == [0, 1, 2]
 
 
 def test_what_cannot_be_stored_is_refused_by_every_process(tmp_path: Path) -> None:

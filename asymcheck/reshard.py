@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,3 +61,40 @@ def within(part: ShardSpec, box: ShardSpec) -> tuple[slice, ...]:
     return tuple(
         slice(p - b, p - b + n) for p, b, n in zip(part.offset, box.offset, part.shape, strict=True)
     )
+
+
+def boxes_of_range(box: ShardSpec, start: int, count: int) -> Iterator[ShardSpec]:
+    """The boxes whose elements, one box after the other, are elements [start, start + count).
+
+    Elements are counted in row-major order of `box`. Of d dimensions there are at most 2d - 1
+    boxes.
+    """
+    for offset, shape in _ranges(box.shape, start, start + count):
+        yield ShardSpec(tuple(b + o for b, o in zip(box.offset, offset, strict=True)), shape)
+
+
+def _ranges(
+    shape: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    if start >= stop:
+        return
+    if not shape:
+        yield (), ()
+        return
+    rest = shape[1:]
+    row = math.prod(rest)
+    first, last = -(-start // row), stop // row  # whole rows
+    if first > last:
+        yield from _in_row(rest, last, start - last * row, stop - last * row)
+        return
+    yield from _in_row(rest, first - 1, start - (first - 1) * row, row)
+    if first < last:
+        yield (first, *(0 for _ in rest)), (last - first, *rest)
+    yield from _in_row(rest, last, 0, stop - last * row)
+
+
+def _in_row(
+    shape: tuple[int, ...], row: int, start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for offset, lengths in _ranges(shape, start, stop):
+        yield (row, *offset), (1, *lengths)

@@ -22,7 +22,16 @@ from asymcheck_torch.modules import named_parameters
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
 RESERVED = frozenset(
-    {"params", "buffers", "module_extra", "optimizers", "ranks", "world_size", "__numpy_leaves__"}
+    {
+        "params",
+        "buffers",
+        "module_extra",
+        "optimizers",
+        "engine",
+        "ranks",
+        "world_size",
+        "__numpy_leaves__",
+    }
 )
 _PREFIXED = re.compile(r"optim(\d+)\.(.*)", re.DOTALL)
 

@@ -11,36 +11,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
 
 from asymcheck import tree
-from asymcheck.partition import owned_range
+from asymcheck.errors import UnsupportedStateError
 from asymcheck.state import LeafSource, LeafSpec, ShardSpec, StateView
 from asymcheck_torch import rng
 from asymcheck_torch.extras import Extra, Moment, private
-from asymcheck_torch.modules import (
-    module_extra,
-    named_buffers,
-    renormed_in_forward,
-    unwrap,
-)
-from asymcheck_torch.optimizers import RESERVED, Parameters, record, tensor_state
+from asymcheck_torch.modules import module_extra, named_buffers, renormed_in_forward
+from asymcheck_torch.optimizers import RESERVED
+from asymcheck_torch.parts import Part, part_of, share, whole
 from asymcheck_torch.tensors import (
     DeviceClocks,
     SteadyCopies,
     TensorSource,
+    array_source,
     cuda_devices,
     identity,
     is_array,
     size_of,
-    source_of,
+    tensor_source,
 )
+from asymcheck_torch.trained import Live, Trained
 from asymcheck_torch.world import World
 
-_SPLIT_FROM_ELEMENTS = 16_384
-_OF_RANK_0 = frozenset({"buffers", "module_extra", "world_size"})
-
-Live = Mapping[str, Mapping[str, torch.Tensor]]
+_OF_RANK_0 = frozenset({"buffers", "module_extra", "engine", "world_size"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +55,7 @@ class _Part:
 
 @dataclass
 class TrainingState:
-    """Module, optimizers, extras and generators, and how their state is laid out.
+    """What is trained, extras and generators, and how their state is laid out.
 
     The tree that is saved::
 
@@ -69,13 +64,13 @@ class TrainingState:
         exp_avg, ...  {parameter name: tensor}, one entry for each key of the optimizer's state
         optimizers    [{param_groups, other, shared}], what is no tensor of a parameter
         module_extra  {module name: get_extra_state()}
+        engine        counters, loss scale and schedule of an engine such as DeepSpeed's
         ranks         {rank: {rng, extra}}, and buffers where every rank has its own
         world_size    int
         __numpy_leaves__  {rank: paths of leaves that were NumPy's, not torch's}
     """
 
-    module: nn.Module
-    optimizers: Sequence[Optimizer]
+    trained: Trained
     extras: Sequence[Extra]
     world: World
     _common_copies: SteadyCopies = field(default_factory=SteadyCopies)
@@ -84,9 +79,10 @@ class TrainingState:
     _at_update: dict[str, Any] = field(default_factory=dict[str, Any])
     _live_part: tuple[list[Any], _Part] | None = None
 
-    def parameters(self) -> Parameters:
-        """All parameters as they are now."""
-        return Parameters.of(unwrap(self.module), self.optimizers)
+    @property
+    def module(self) -> nn.Module:
+        """The module, without wrappers."""
+        return self.trained.module
 
     def note_update(self) -> None:
         """Take what the loop moves on before the next forward pass: generators, positions."""
@@ -108,9 +104,8 @@ class TrainingState:
             UnsupportedStateError: something cannot be stored; names its path.
         """
         self._common_copies.restart()
-        parameters = self.parameters()
-        live = self._live(self._live_tensors(parameters))
-        copied = self._part(self._common(parameters) | {"ranks": self._own()})
+        live = self._live(self._live_tensors())
+        copied = self._part(self._common() | {"ranks": self._own()})
         self._clocks.restart()
         rank = str(self.world.rank)
         noted = {"dict": [[rank, {"list": live.numpy_leaves + copied.numpy_leaves}]]}
@@ -121,24 +116,24 @@ class TrainingState:
 
     # -- what there is ---------------------------------------------------------------------
 
-    def _live_tensors(self, parameters: Parameters) -> Live:
-        params = dict(parameters.by_name)
-        for name in renormed_in_forward(unwrap(self.module)):
-            params[name] = self._common_copies(params[name])
-        state: dict[str, Mapping[str, torch.Tensor]] = {"params": params}
-        for index, optimizer in enumerate(self.optimizers):
-            state |= tensor_state(optimizer, index, parameters)
+    def _live_tensors(self) -> Live:
+        state = dict(self.trained.tensors())
+        renormed = renormed_in_forward(self.module)
+        if renormed:
+            params = state["params"]
+            copied = {name: self._common_copies(_dense(params[name])) for name in renormed}
+            state["params"] = {**params, **copied}
         return state
 
-    def _common(self, parameters: Parameters) -> dict[str, Any]:
+    def _common(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
         if self.world.shares_buffers:
             state["buffers"] = self._buffers(self._common_copies)
-        state["optimizers"] = [
-            record(optimizer, parameters, self._common_copies) for optimizer in self.optimizers
-        ]
-        extra = module_extra(unwrap(self.module))
-        state["module_extra"] = private(extra, self._common_copies)
+        state["optimizers"] = self.trained.records(self._common_copies)
+        state["module_extra"] = private(module_extra(self.module), self._common_copies)
+        engine = self.trained.engine_state()
+        if engine is not None:
+            state["engine"] = private(engine, self._common_copies)
         state["world_size"] = self.world.size
         return state
 
@@ -157,7 +152,7 @@ class TrainingState:
         }
 
     def _buffers(self, copy: SteadyCopies) -> dict[str, torch.Tensor]:
-        return {name: copy(buffer) for name, buffer in named_buffers(unwrap(self.module)).items()}
+        return {name: copy(buffer) for name, buffer in named_buffers(self.module).items()}
 
     # -- who stores it ---------------------------------------------------------------------
 
@@ -181,35 +176,52 @@ class TrainingState:
             numpy_leaves=[
                 path
                 for path, value in flat.leaves.items()
-                if not isinstance(value, torch.Tensor) and (rank == 0 or path.startswith("ranks/"))
+                if not isinstance(value, torch.Tensor | Part)
+                and (rank == 0 or path.startswith("ranks/"))
             ],
             sources=tuple(sources),
             aliases={path: others for path, others in flat.aliases.items() if path in paths},
         )
 
     def _sources(self, leaves: Mapping[str, object]) -> list[LeafSource]:
-        sources: list[LeafSource] = []
-        for path, value in leaves.items():
-            kind, _, name = path.partition("/")
-            owned = self._owned(kind, group := _group(kind, name, path, value), size_of(value))
-            if owned is not None:
-                sources.append(source_of(path, value, group, owned, self._clocks))
-        return sources
+        sources = (self._source(path, value) for path, value in leaves.items())
+        return [source for source in sources if source is not None]
 
-    def _owned(self, kind: str, group: str, size: int) -> tuple[int, int] | None:
-        """The range of a leaf that this rank stores; None if another one stores all of it.
+    def _source(self, path: str, value: object) -> LeafSource | None:
+        """A leaf as this rank stores it; None if others store all of it.
 
-        Large leaves are split evenly, small ones go to a rank chosen by name, so that the leaves
-        of one parameter stay together.
+        Small leaves go to a rank chosen by name, so that those of one parameter stay together.
         """
-        rank, world = self.world.rank, self.world.size
-        if kind == "ranks" or world == 1:
-            return 0, size
-        if kind in _OF_RANK_0:
-            return (0, size) if rank == 0 else None
-        if size < _SPLIT_FROM_ELEMENTS:
-            return (0, size) if crc32(group.encode()) % world == rank else None
-        return owned_range(size, rank, world)
+        kind, _, name = path.partition("/")
+        rank, size = self.world.rank, self.world.size
+        if kind in _OF_RANK_0 and rank:
+            return None
+        replica, replicas = (0, 1) if kind in _OF_RANK_0 | {"ranks"} else (rank, size)
+        group = _group(kind, name, path, value)
+        small = crc32(group.encode())
+        if not isinstance(value, torch.Tensor | Part):
+            owned = share(size_of(value), replica, replicas, small)
+            return None if owned is None else array_source(path, value, group, owned)
+        part = _part_of(path, value, replica, replicas)
+        owned = part.owned(small)
+        return None if owned is None else tensor_source(path, part, group, owned, self._clocks)
+
+
+def _part_of(path: str, value: torch.Tensor | Part, replica: int, replicas: int) -> Part:
+    if isinstance(value, Part):
+        return value
+    if isinstance(value, DTensor):
+        return part_of(value, path)
+    return whole(value, replica, replicas, identity(value))
+
+
+def _dense(value: torch.Tensor | Part) -> torch.Tensor:
+    """A tensor that is copied whole; `UnsupportedStateError` for a part of one."""
+    if isinstance(value, Part | DTensor):
+        raise UnsupportedStateError(
+            "an embedding with max_norm changes in the forward pass and cannot be sharded"
+        )
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +248,7 @@ def _group(kind: str, name: str, path: str, value: object) -> str:
     """What moves together: the leaves of a parameter; all numbers of a kind (`step`)."""
     if kind in RESERVED - {"params"}:
         return path
-    return name if cast("torch.Tensor", value).ndim else kind
+    return name if cast("torch.Tensor | Part", value).ndim else kind
 
 
 def _fingerprint(state: Live) -> list[Any]:

@@ -82,13 +82,15 @@ class Stored:
 
     Attributes:
         kinds: {kind: {name: leaf path}} of `params`, `buffers` and the optimizers' tensors.
-        optimizers, module_extra, own: as `TrainingState` describes them.
+        optimizers, module_extra, own, engine: as `TrainingState` describes them; `engine` is None
+            where there was none.
     """
 
     kinds: dict[str, dict[str, str]]
     optimizers: list[dict[str, Any]]
     module_extra: dict[str, Any]
     own: dict[str, Any]
+    engine: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, rank: int) -> Stored:
@@ -110,6 +112,7 @@ class Stored:
             "module_extra": top["module_extra"],
             "own": dict_node(own),
         }
+        rest |= {"engine": top["engine"]} if "engine" in top else {}
         numpy_leaves = numpy_leaves_of(checkpoint.structure)
         return cls(kinds, **rebuild(checkpoint, dict_node(rest), numpy_leaves))
 

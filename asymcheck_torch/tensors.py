@@ -9,12 +9,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from asymcheck.errors import SaveFailedError, UnsupportedStateError
-from asymcheck.state import DTYPES, ArraySource, LeafSource, LeafSpec, ShardSpec, memory_of
+from asymcheck.state import DTYPES, ArraySource, LeafSpec, ShardSpec, memory_of
 from asymcheck.state import dtype_name as array_dtype_name
+from asymcheck_torch.parts import Part
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in DTYPES if hasattr(torch, name)
@@ -37,12 +39,16 @@ def torch_dtype(name: str, path: str) -> torch.dtype:
 
 
 def is_array(value: object) -> bool:
-    """Whether `value` is a tensor or a NumPy array."""
-    return isinstance(value, torch.Tensor | np.ndarray)
+    """Whether `value` is a tensor, a part of one, or a NumPy array."""
+    return isinstance(value, torch.Tensor | Part | np.ndarray)
 
 
 def identity(value: object) -> Hashable:
     """Equal for tensors (or arrays) over the same memory with the same layout: one leaf."""
+    if isinstance(value, Part):
+        return value.key
+    if isinstance(value, DTensor):
+        return id(value), value.to_local().data_ptr()
     if not isinstance(value, torch.Tensor):
         return memory_of(value)
     if value.layout != torch.strided or is_traceable_wrapper_subclass(value) or not value.numel():
@@ -111,7 +117,9 @@ def _bytes_of_range(tensor: torch.Tensor, start: int, count: int) -> torch.Tenso
 
 @dataclass(slots=True)
 class TensorSource:
-    """A CPU tensor (whole leaf) as a source; reads its memory, releases the GIL to copy.
+    """A CPU tensor as a source; reads its memory, releases the GIL to copy.
+
+    It holds the elements of the shard from `first` on.
 
     Between `renew` and a read nobody may write to the tensor. Who does so through torch (but not
     through `.data` or NumPy) makes the read fail: a snapshot is right or is not.
@@ -122,6 +130,7 @@ class TensorSource:
     group: str
     owned: tuple[int, int]
     tensor: torch.Tensor
+    first: int
     version: int = field(init=False)
     memory: NDArray[np.uint8] | None = field(init=False)
 
@@ -140,6 +149,7 @@ class TensorSource:
         Raises:
             SaveFailedError: the tensor was written to meanwhile.
         """
+        start -= self.first
         if self.memory is not None:
             begin = start * self.leaf.itemsize
             np.copyto(out, self.memory[begin : begin + len(out)])
@@ -189,7 +199,7 @@ class CudaSource(TensorSource):
         stream = self.clock.stream
         with torch.cuda.stream(stream):
             stream.wait_event(self.clock.ready)
-            data = _bytes_of_range(self.tensor, start, count)
+            data = _bytes_of_range(self.tensor, start - self.first, count)
             torch.from_numpy(out).copy_(data, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(stream)
@@ -216,31 +226,36 @@ class DeviceClocks:
 
 
 def size_of(value: object) -> int:
-    """Elements of a leaf: a tensor, an array or `bytes`."""
-    if isinstance(value, torch.Tensor):
-        return value.numel()
+    """Elements of an array or of `bytes`."""
     return len(value) if isinstance(value, bytes) else cast("NDArray[Any]", value).size
 
 
-def source_of(
-    path: str, value: object, group: str, owned: tuple[int, int], clocks: DeviceClocks
-) -> LeafSource:
-    """A tensor, array or `bytes` of a flattened state as a source.
+def array_source(path: str, value: object, group: str, owned: tuple[int, int]) -> ArraySource:
+    """An array or `bytes` of a flattened state as a source.
 
     Raises:
-        UnsupportedStateError: the tensor or array cannot be stored; names its path.
+        UnsupportedStateError: the array cannot be stored; names its path.
     """
     if isinstance(value, bytes):
         value = np.frombuffer(value, np.uint8)
-    if isinstance(value, np.ndarray):
-        spec = LeafSpec(path, array_dtype_name(value.dtype, path), value.shape)
-        return ArraySource(spec, value, group, owned)
-    assert isinstance(value, torch.Tensor)
-    spec = LeafSpec(path, check_storable(value, path), tuple(value.shape))
-    parts = (spec, ShardSpec.whole(spec.shape), group, owned, value.detach())
-    if value.device.type == "cuda":
-        return CudaSource(*parts, clocks.of(value.device))
-    return TensorSource(*parts)
+    array = cast("NDArray[Any]", value)
+    spec = LeafSpec(path, array_dtype_name(array.dtype, path), array.shape)
+    return ArraySource(spec, array, group, owned)
+
+
+def tensor_source(
+    path: str, part: Part, group: str, owned: tuple[int, int], clocks: DeviceClocks
+) -> TensorSource:
+    """A tensor of a flattened state, or what this rank holds of it, as a source.
+
+    Raises:
+        UnsupportedStateError: the tensor cannot be stored; names its path.
+    """
+    spec = LeafSpec(path, check_storable(part.tensor, path), part.shape)
+    place = (spec, part.shard, group, owned, part.tensor.detach(), part.start)
+    if part.tensor.device.type == "cuda":
+        return CudaSource(*place, clocks.of(part.tensor.device))
+    return TensorSource(*place)
 
 
 class SteadyCopies:

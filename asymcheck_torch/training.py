@@ -24,11 +24,12 @@ from asymcheck.state import StateView
 from asymcheck.strategy import Strategy
 from asymcheck_torch.agreement import restore_together
 from asymcheck_torch.extras import named_extras
-from asymcheck_torch.modules import changes_in_forward, is_compiled, visible
+from asymcheck_torch.modules import changes_in_forward, is_compiled, unwrap, visible
 from asymcheck_torch.optimizers import check_optimizer
 from asymcheck_torch.restore import restore_into
 from asymcheck_torch.state import TrainingState, refused
 from asymcheck_torch.tensors import cuda_devices, pinned
+from asymcheck_torch.trained import ModuleAndOptimizers
 from asymcheck_torch.windows import (
     CudaClock,
     Cycle,
@@ -133,9 +134,10 @@ def attach(
         commit_timeout_s=commit_timeout_s,
         allocate=pinned if on_cuda else page_aligned,
     )
-    state = TrainingState(module, optimizers, named_extras(extra_state), world)
+    trained = ModuleAndOptimizers(unwrap(module), optimizers)
+    state = TrainingState(trained, named_extras(extra_state), world)
     clock = CudaClock() if on_cuda else HostClock()
-    return TrainingCheckpointer(checkpointer, state, clock, every_steps, on_error)
+    return TrainingCheckpointer(checkpointer, state, module, clock, every_steps, on_error)
 
 
 class TrainingCheckpointer:
@@ -153,6 +155,7 @@ class TrainingCheckpointer:
         self,
         checkpointer: Checkpointer,
         state: TrainingState,
+        module: nn.Module,
         clock: WindowClock,
         every_steps: int,
         on_error: str,
@@ -161,6 +164,7 @@ class TrainingCheckpointer:
         self.stall_s: dict[int, float] = {}
         self.checkpointer = checkpointer
         self._state = state
+        self._module = module  # as the loop calls it, with its wrappers
         self._every_steps = every_steps
         self._raises = on_error == "raise"
         self._cycle = Cycle(clock, checkpointer)
@@ -169,7 +173,7 @@ class TrainingCheckpointer:
         self._captured = -1  # the last step that was captured, or restored
         self._capture: Capture | None = None
         self._held_s = 0.0
-        self._hooks = list(self._hook()) if state.optimizers else []
+        self._hooks = list(self._hook()) if state.trained.is_updated else []
 
     def __enter__(self) -> TrainingCheckpointer:
         return self
@@ -262,7 +266,7 @@ class TrainingCheckpointer:
     # -- hooks -----------------------------------------------------------------------------
 
     def _hook(self) -> Iterator[Any]:
-        module = self._state.module
+        module = self._module
         compiled = any(is_compiled(part) for part in visible(module))
         # Imported by whoever compiles; for everybody else the import would take seconds.
         eager: Any = torch.compiler.disable if compiled else lambda hook: hook
@@ -273,9 +277,7 @@ class TrainingCheckpointer:
         self._cycle.expect(len(blocks))
         for block in blocks:
             yield from hook_windows(block, self._on_window, eager)
-        for optimizer in self._state.optimizers:
-            yield optimizer.register_step_pre_hook(self._before_update)
-            yield optimizer.register_step_post_hook(self._after_update)
+        yield from self._state.trained.hook_updates(self._before_update, self._after_update)
 
     def _before_forward(self, module: nn.Module, _args: Any) -> None:
         if module.training or torch.is_grad_enabled():
@@ -288,19 +290,18 @@ class TrainingCheckpointer:
         if ordinal is not None and self._capture is not None:
             self._capture.enter_window(ordinal)
 
-    def _before_update(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _before_update(self) -> None:
         # From here to the end of the update nothing is due and no window counts, so forward
         # passes in a closure begin nothing.
         self._barrier()
         self.checkpointer.raise_errors()
 
-    def _after_update(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        if optimizer is self._state.optimizers[-1]:
-            self.step += 1
-            self._seen_forward = False
-            self._cycle.begin()
-            if self.step % self._every_steps == 0:
-                self._note_update()
+    def _after_update(self) -> None:
+        self.step += 1
+        self._seen_forward = False
+        self._cycle.begin()
+        if self.step % self._every_steps == 0:
+            self._note_update()
 
     # -- one snapshot ----------------------------------------------------------------------
 

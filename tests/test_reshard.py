@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asymcheck.index import intersect
-from asymcheck.reshard import overlaps, within
+from asymcheck.reshard import boxes_of_range, overlaps, within
 from asymcheck.state import ShardSpec
 
 
@@ -91,3 +91,16 @@ def test_a_row_costs_a_row() -> None:
 def test_scalars_are_boxes_without_dimensions() -> None:
     (overlap,) = overlaps(ShardSpec((), ()), [ShardSpec((), ())])
     assert (overlap.start, overlap.stop, overlap.rows) == (0, 1, ShardSpec((), ()))
+
+
+@given(SHAPES.flatmap(lambda s: st.tuples(boxes_in(s), st.integers(0, 1296), st.integers(0, 1296))))
+def test_a_range_is_the_elements_of_its_boxes_in_order(drawn: tuple[ShardSpec, int, int]) -> None:
+    box, a, b = drawn
+    start, stop = sorted((min(a, box.size), min(b, box.size)))
+    outer = tuple(o + n for o, n in zip(box.offset, box.shape, strict=True))
+    whole = np.full(outer, -1, np.int64)
+    whole[at(box)] = np.arange(box.size).reshape(box.shape)
+    boxes = list(boxes_of_range(box, start, stop - start))
+    found = [int(i) for part in boxes for i in whole[at(part)].reshape(-1)]
+    assert found == list(range(start, stop))
+    assert len(boxes) <= max(1, 2 * len(box.shape) - 1)

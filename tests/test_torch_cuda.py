@@ -13,7 +13,8 @@ from torch import nn  # noqa: E402
 from torch_runs import Run, copied, differences, seed_all  # noqa: E402
 
 import asymcheck_torch  # noqa: E402
-from asymcheck_torch.tensors import DeviceClocks, pinned, source_of  # noqa: E402
+from asymcheck_torch.parts import whole  # noqa: E402
+from asymcheck_torch.tensors import DeviceClocks, pinned, tensor_source  # noqa: E402
 
 
 def build(fused=False):
@@ -94,7 +95,7 @@ def test_a_checkpoint_of_a_device_restores_on_the_host():
 def test_a_range_is_read_after_the_work_that_precedes_it():
     clocks = DeviceClocks()
     tensor = torch.zeros(1 << 22, device="cuda")
-    source = source_of("x", tensor, "x", (0, tensor.numel()), clocks)
+    source = tensor_source("x", whole(tensor, 0, 1, None), "x", (0, tensor.numel()), clocks)
     for _ in range(50):
         tensor += 1
     clocks.restart()

@@ -13,14 +13,15 @@ from torch_runs import raw  # noqa: E402
 
 from asymcheck.errors import UnsupportedStateError  # noqa: E402
 from asymcheck.state import dtype_of  # noqa: E402
+from asymcheck_torch.parts import whole  # noqa: E402
 from asymcheck_torch.tensors import (  # noqa: E402
     TORCH_DTYPES,
     DeviceClocks,
     SteadyCopies,
     check_storable,
     identity,
-    source_of,
     tensor_of,
+    tensor_source,
 )
 
 CLOCKS = DeviceClocks()
@@ -49,7 +50,7 @@ def layouts(draw):
 def test_any_range_of_any_layout_is_read_in_row_major_order(tensor, data):
     start = data.draw(st.integers(0, tensor.numel()))
     count = data.draw(st.integers(0, tensor.numel() - start))
-    source = source_of("x", tensor, "x", (0, tensor.numel()), CLOCKS)
+    source = tensor_source("x", whole(tensor, 0, 1, None), "x", (0, tensor.numel()), CLOCKS)
     itemsize = tensor.element_size()
     out = np.zeros(count * itemsize, np.uint8)
     source.read_into(start, count, out)
@@ -59,7 +60,7 @@ def test_any_range_of_any_layout_is_read_in_row_major_order(tensor, data):
 @pytest.mark.parametrize("name", sorted(TORCH_DTYPES))
 def test_dtypes_there_and_back(name):
     tensor = torch.arange(6).to(torch.uint8).view(2, 3).to(TORCH_DTYPES[name])
-    source = source_of("x", tensor, "x", (0, 6), CLOCKS)
+    source = tensor_source("x", whole(tensor, 0, 1, None), "x", (0, 6), CLOCKS)
     assert source.leaf.dtype == name
     array = np.empty((2, 3), dtype_of(name))
     source.read_into(0, 6, array.reshape(-1).view(np.uint8))

@@ -1,0 +1,224 @@
+"""What a loop trains: where its tensors are, how they come back, and when they are updated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from asymcheck.state import LeafSpec
+from asymcheck_torch.extras import map_arrays
+from asymcheck_torch.matching import Held, Matching
+from asymcheck_torch.optimizers import (
+    Copy,
+    Parameters,
+    key_of,
+    place_state,
+    record,
+    tensor_state,
+)
+from asymcheck_torch.stored import Stored
+from asymcheck_torch.tensors import torch_dtype
+
+Live = Mapping[str, Mapping[str, Held]]
+_OF_OPTIMIZER_ONLY = re.compile(r"optim\d+/group\d+/\d+")
+
+
+class Trained(Protocol):
+    """A module and whatever updates it, as `TrainingState` lays it out."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, without wrappers."""
+        ...
+
+    @property
+    def is_updated(self) -> bool:
+        """Whether there is anything that updates it; else it is only restored."""
+        ...
+
+    def tensors(self) -> Live:
+        """{kind: {name: tensor}} of `params` and the optimizers' tensors, the live ones.
+
+        They change only in updates.
+        """
+        ...
+
+    def records(self, copy: Copy) -> list[dict[str, Any]]:
+        """What else each optimizer keeps, as `optimizers.record` describes it."""
+        ...
+
+    def engine_state(self) -> dict[str, Any] | None:
+        """Counters, loss scale and schedule of an engine; None without one."""
+        ...
+
+    def match(self, matching: Matching, stored: Stored) -> Callable[[], None]:
+        """Compare all of that with a checkpoint and name what to read into it.
+
+        Returns what to do when everything fitted and was read.
+        """
+        ...
+
+    def hook_updates(
+        self, before: Callable[[], None], after: Callable[[], None]
+    ) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """Have `before` called when an update is about to begin, and `after` when it is done."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleAndOptimizers:
+    """A module and optimizers of torch's, in one process or under DDP or FSDP2."""
+
+    module: nn.Module
+    optimizers: Sequence[Optimizer]
+
+    @property
+    def is_updated(self) -> bool:
+        """Whether there is an optimizer."""
+        return bool(self.optimizers)
+
+    def _parameters(self) -> Parameters:
+        return Parameters.of(self.module, self.optimizers)
+
+    def tensors(self) -> Live:
+        """See `Trained`."""
+        parameters = self._parameters()
+        found: dict[str, Mapping[str, torch.Tensor]] = {"params": parameters.by_name}
+        for index, optimizer in enumerate(self.optimizers):
+            found |= tensor_state(optimizer, index, parameters)
+        return found
+
+    def records(self, copy: Copy) -> list[dict[str, Any]]:
+        """See `Trained`."""
+        parameters = self._parameters()
+        return [record(optimizer, parameters, copy) for optimizer in self.optimizers]
+
+    def engine_state(self) -> dict[str, Any] | None:
+        """There is no engine."""
+        return None
+
+    def match(self, matching: Matching, stored: Stored) -> Callable[[], None]:
+        """Without optimizers only the module's parameters count, else everything must fit."""
+        parameters = self._parameters()
+        paths = stored.kinds["params"]
+        if not self.optimizers:
+            paths = {n: p for n, p in paths.items() if not _OF_OPTIMIZER_ONLY.fullmatch(n)}
+        matching.tensors("parameter", parameters.by_name, paths)
+        states = _match_optimizers(matching, stored, self.optimizers, parameters)
+
+        def apply() -> None:
+            for index, state in enumerate(states):
+                _apply_optimizer(self.optimizers[index], state, stored.optimizers[index])
+
+        return apply
+
+    def hook_updates(
+        self, before: Callable[[], None], after: Callable[[], None]
+    ) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """An update is done when the last optimizer has stepped."""
+        last = self.optimizers[-1]
+        for optimizer in self.optimizers:
+            yield optimizer.register_step_pre_hook(lambda *_: before())
+        yield last.register_step_post_hook(lambda *_: after())
+
+
+_State = dict[torch.Tensor, dict[Any, Any]]
+
+
+def _match_optimizers(
+    matching: Matching,
+    stored: Stored,
+    optimizers: Sequence[Optimizer],
+    parameters: Parameters,
+) -> list[_State]:
+    if not optimizers:
+        return []
+    here, there = len(optimizers), len(stored.optimizers)
+    if here != there:
+        matching.problems.append(f"here are {here} optimizers, in it {there}")
+        return []
+    return [
+        _match_optimizer(matching, stored, index, optimizer, parameters)
+        for index, optimizer in enumerate(optimizers)
+    ]
+
+
+def _match_optimizer(
+    matching: Matching, stored: Stored, index: int, optimizer: Optimizer, parameters: Parameters
+) -> _State:
+    """The optimizer's state by parameter, with tensors that are targets still to be filled."""
+    saved = stored.optimizers[index]
+    groups, saved_groups = optimizer.param_groups, saved["param_groups"]
+    if len(groups) != len(saved_groups):
+        matching.problems.append(
+            f"optimizer {index} has {len(groups)} parameter groups, in it {len(saved_groups)} "
+            "(call add_param_group before restore)"
+        )
+        return {}
+    owners: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {}
+    for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
+        names = parameters.of_group(group)
+        frozen = {n for n, p in zip(names, group["params"], strict=True) if not p.requires_grad}
+        matching.names(  # engines leave frozen ones out
+            f"optimizer {index}, group {number}: parameter",
+            [name for name in names if name not in frozen],
+            [name for name in saved_group["params"] if name not in frozen],
+        )
+        owners |= {
+            name: (parameter, saved_group)
+            for name, parameter in zip(names, group["params"], strict=True)
+        }
+    state: _State = {}
+    for key, paths in _kinds_of(stored, index):
+        for name in paths.keys() & owners.keys():
+            parameter, group = owners[name]
+            old = optimizer.state.get(parameter, {}).get(key)
+            tensor = _place(matching.spec(paths[name]), key, old, group, parameter)
+            matching.targets[paths[name]] = state.setdefault(parameter, {})[key] = tensor
+    for name in saved["other"].keys() & owners.keys():
+        parameter, _ = owners[name]
+        entry = map_arrays(saved["other"][name], lambda t, to=parameter.device: t.to(to))
+        state.setdefault(parameter, {}).update(entry)
+    return state
+
+
+def _kinds_of(stored: Stored, index: int) -> Iterator[tuple[str, dict[str, str]]]:
+    for kind, paths in stored.kinds.items():
+        of, key = key_of(kind)
+        if kind not in ("params", "buffers") and of == index:
+            yield key, paths
+
+
+def _place(
+    spec: LeafSpec, key: str, old: Any, group: Mapping[str, Any], parameter: torch.Tensor
+) -> torch.Tensor:
+    """The optimizer's own tensor where it fits, else a fresh one where torch would keep it."""
+    dtype = torch_dtype(spec.dtype, spec.path)
+    if isinstance(old, torch.Tensor) and old.dtype == dtype and tuple(old.shape) == spec.shape:
+        return old
+    meta = torch.empty(spec.shape, dtype=dtype, device="meta")
+    return place_state(key, meta, group, parameter)
+
+
+def _apply_optimizer(optimizer: Optimizer, state: _State, saved: dict[str, Any]) -> None:
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    optimizer.state.update(saved["shared"])
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for key, value in saved_group.items():
+            if key != "params":
+                group[key] = _option(group.get(key), value)
+
+
+def _option(old: Any, new: Any) -> Any:
+    """A restored option; a tensor (a capturable learning rate) is kept and filled."""
+    tensors = isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
+    if tensors and old.shape == new.shape and old.dtype == new.dtype:
+        return old.copy_(new)
+    return new

@@ -70,8 +70,17 @@ _RECORDS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _member(owner: object, name: object) -> _Record:
+    """A member of an enumeration, as Python 3.11 pickles it before 3.11.4."""
+    if not (isinstance(owner, type) and issubclass(owner, _Record)):
+        raise SourceError("the metadata refer to an attribute", found=f"builtins.getattr {name!r}")
+    return owner()
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) == ("builtins", "getattr"):
+            return _member
         if module_name == "torch" and global_name in TORCH_DTYPES:
             return global_name
         if (module_name, global_name) == ("torch", "Size"):

@@ -436,6 +436,14 @@ def test_metadata_refer_to_nothing_else(tmp_path: Path, name: str) -> None:
         from_dcp(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["__class__", "__init__"])
+def test_metadata_reach_no_attributes(tmp_path: Path, name: str) -> None:
+    metadata = f"cbuiltins\ngetattr\n(cbuiltins\ngetattr\nV{name}\ntR.".encode()
+    (tmp_path / ".metadata").write_bytes(metadata)
+    with pytest.raises(SourceError, match="getattr"):
+        from_dcp(tmp_path)
+
+
 def test_an_evil_value_in_dcp_is_refused(tmp_path: Path) -> None:
     dcp.save({"a": torch.ones(3), "b": Evil(tmp_path / "made")}, checkpoint_id=tmp_path / "s")
     with pytest.raises(SourceError, match="b in __0_0"):

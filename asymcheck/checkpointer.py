@@ -52,6 +52,7 @@ from asymcheck.stores.base import Store
 from asymcheck.strategies import by_name
 from asymcheck.strategy import Strategy
 from asymcheck.trace import Trace
+from asymcheck.traces import store_trace
 
 T = TypeVar("T")
 _log = logging.getLogger("asymcheck")
@@ -89,6 +90,8 @@ class Checkpointer:
         cost_model: a fitted one; by default the run's last, else measured at the first save.
         allocate: gives page-aligned host buffers (pinned, for a device).
         encode_threads: codecs running at once; by default half the cores, at most 8.
+        keep_trace: at `close`, keep the last 20,000 events of `trace` in the run, for `asymcheck
+            stats --trace`, in place of those of earlier starts.
 
     Raises:
         ValueError: arguments out of range.
@@ -114,6 +117,7 @@ class Checkpointer:
         cost_model: CostModel | None = None,
         allocate: Allocate = page_aligned,
         encode_threads: int | None = None,
+        keep_trace: bool = False,
     ) -> None:
         self.strategy = by_name(strategy)
         self._check(max_host_bytes, max_chain, on_error, writer, writers, run_id)
@@ -125,6 +129,7 @@ class Checkpointer:
         self._run_id = run_id or secrets.token_hex(8)
         self._run_id_is_given = run_id is not None
         self.trace = Trace()
+        self._keeps_trace = keep_trace
         self._cost = cost_model
         self._calibrated = cost_model is not None
         self._profile: IdleProfile | None = None
@@ -478,7 +483,18 @@ class Checkpointer:
             self._closed = True
             if self._pipeline is not None:
                 self._pipeline.close(abandon=not self._all_finished())
+                self._keep_trace()
             self._store.close()
+
+    def _keep_trace(self) -> None:
+        """Store the trace, if that is wanted and the store is known to answer."""
+        if not (self._keeps_trace and self._connected and self._all_finished()):
+            return
+        events = self.trace.events()
+        try:
+            store_trace(self._store, self._run_id, self._writer, self._writers, events)
+        except StoreError as error:  # checkpoints do not depend on it
+            _log.warning("the trace of this run is not kept: %s", error)
 
     def _all_finished(self) -> bool:
         return self._last is None or self._last.finished.is_set()

@@ -57,11 +57,13 @@ from asymcheck.inspection.leaves import describe_leaf, describe_step
 from asymcheck.inspection.listing import list_steps
 from asymcheck.inspection.optional import MissingLibraryError
 from asymcheck.inspection.text import printable
+from asymcheck.inspection.timeline import write_chrome_trace
 from asymcheck.inspection.verification import verify
 from asymcheck.plot import plot_run
 from asymcheck.reader import open_step
 from asymcheck.stores import open_store
 from asymcheck.stores.base import Store
+from asymcheck.traces import stored_traces
 
 GOOD, BAD, USAGE, FAILED = 0, 1, 2, 3
 _INTERRUPTED, _BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -204,7 +206,14 @@ def _stats(options: Options) -> int:
     values = options.flags
     with _open(options.url) as store:
         _step(store, values.step)
-        costs = run_costs(store, values.step, options.progress)
+        traces = stored_traces(store)
+        if values.trace is not None and not traces:
+            raise UsageError(
+                f"there is no trace in {store.url}: a run keeps one with keep_trace=True"
+            )
+        costs = run_costs(store, values.step, options.progress, traces)
+    if values.trace is not None:
+        write_chrome_trace(traces, values.trace, values.step)
     if values.plot is not None:
         plot_run(costs.steps, values.plot)
     options.show(costs)
@@ -247,6 +256,8 @@ def _stats_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "plot", None, "draw the steps to this PNG (or PDF, SVG)", flag_values=values
     )
+    help = "write what happened when to this JSON file, for Perfetto or chrome://tracing"
+    flags.DEFINE_string("trace", None, help, flag_values=values)
 
 
 COMMANDS = {

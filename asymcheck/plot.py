@@ -15,7 +15,7 @@ from asymcheck.errors import StoreError
 from asymcheck.inspection.costs import StepCosts
 from asymcheck.inspection.optional import load_optional
 from asymcheck.inspection.text import duration, size
-from asymcheck.trace import Event
+from asymcheck.trace import Event, lanes
 
 # Okabe & Ito (2008): told apart with any colour vision, and by lightness in grey.
 _FORWARD, _BACKWARD, _COPY = "#56B4E9", "#0072B2", "#009E73"
@@ -143,19 +143,8 @@ def _color(event: Event) -> str:
 def _bars(events: Sequence[Event], labels: Sequence[str], begin_s: float) -> list[_Bar]:
     return [
         _Bar((e.begin_s - begin_s) * 1e3, _length_s(e) * 1e3, label, _color(e), lane)
-        for e, label, lane in zip(events, labels, _lanes(events), strict=True)
+        for e, label, lane in zip(events, labels, lanes(events), strict=True)
     ]
-
-
-def _lanes(events: Sequence[Event]) -> list[int]:
-    """For each event the first lane in which nothing else is going on."""
-    ends: list[float] = []
-    lanes: list[int] = []
-    for event in events:
-        free = next((i for i, end in enumerate(ends) if end <= event.begin_s), len(ends))
-        ends[free : free + 1] = [event.end_s]
-        lanes.append(free)
-    return lanes
 
 
 def _merged(copies: Sequence[Event], windows: Sequence[Event]) -> list[Event]:

@@ -13,8 +13,10 @@ from asymcheck.errors import CheckpointNotFoundError, CorruptionError, FormatErr
 from asymcheck.inspection.listing import StepSummary, kind_of, summarise
 from asymcheck.inspection.progress import Progress, steps
 from asymcheck.inspection.text import duration, ratio, size, table
+from asymcheck.inspection.timeline import TraceSummary, summarise_traces
 from asymcheck.manifest import Manifest
 from asymcheck.stores.base import Store
+from asymcheck.traces import StoredTrace
 
 _REASONS = 3
 
@@ -69,11 +71,15 @@ class DecisionSummary:
 
 @dataclass(frozen=True)
 class RunCosts:
-    """All steps asked for, ascending, and the decisions of all of them together."""
+    """All steps asked for, ascending, the decisions of all of them together, and the trace's sums.
+
+    `trace` is None if the run has kept none.
+    """
 
     url: str
     steps: list[StepCosts]
     decisions: list[DecisionSummary]
+    trace: TraceSummary | None
 
     @property
     def good(self) -> bool:
@@ -81,7 +87,7 @@ class RunCosts:
         return all(step.problem is None for step in self.steps)
 
     def text(self) -> Iterator[str]:
-        """Two tables."""
+        """Two tables, and a line on the trace."""
         heads = ("STEP", "KIND", "RAW", "STORED", "RATIO", "STALL", "IN WINDOWS", "DURABLE AFTER")
         yield from table(heads, [_row(s) for s in self.steps if s.problem is None], "KIND")
         for step in self.steps:
@@ -92,10 +98,18 @@ class RunCosts:
         heads = ("CODEC", "KIND", "DTYPE", "DECISIONS", "RAW", "REASON")
         rows = [_decision_row(decision) for decision in self.decisions]
         yield from table(heads, rows, "CODEC KIND DTYPE REASON")
+        if self.trace is not None:
+            yield ""
+            yield from self.trace.text()
 
 
-def run_costs(store: Store, only_step: int | None = None, progress: bool | None = None) -> RunCosts:
-    """What the manifests of all steps (or of one) say about their cost.
+def run_costs(
+    store: Store,
+    only_step: int | None = None,
+    progress: bool | None = None,
+    traces: Sequence[StoredTrace] = (),
+) -> RunCosts:
+    """What the manifests of all steps (or of one) say about their cost, and the run's traces.
 
     Raises:
         CheckpointNotFoundError: the step asked for does not exist.
@@ -115,7 +129,8 @@ def run_costs(store: Store, only_step: int | None = None, progress: bool | None 
             costs.append(found)
             decisions += made
             done.add(1)
-    return RunCosts(store.url, costs, _summaries(decisions))
+    trace = summarise_traces(traces, only_step)
+    return RunCosts(store.url, costs, _summaries(decisions), trace)
 
 
 def _read(store: Store, step: int) -> tuple[StepCosts, list[_Decision]]:

@@ -175,7 +175,7 @@ def _match_optimizer(
             for name, parameter in zip(names, group["params"], strict=True)
         }
     state: _State = {}
-    for key, paths in _kinds_of(stored, index):
+    for key, paths in kinds_of(stored, index):
         for name in paths.keys() & owners.keys():
             parameter, group = owners[name]
             old = optimizer.state.get(parameter, {}).get(key)
@@ -188,7 +188,8 @@ def _match_optimizer(
     return state
 
 
-def _kinds_of(stored: Stored, index: int) -> Iterator[tuple[str, dict[str, str]]]:
+def kinds_of(stored: Stored, index: int) -> Iterator[tuple[str, dict[str, str]]]:
+    """(key, {parameter name: leaf path}) of what an optimizer keeps for parameters."""
     for kind, paths in stored.kinds.items():
         of, key = key_of(kind)
         if kind not in ("params", "buffers") and of == index:
@@ -210,7 +211,12 @@ def _apply_optimizer(optimizer: Optimizer, state: _State, saved: dict[str, Any])
     optimizer.state.clear()
     optimizer.state.update(state)
     optimizer.state.update(saved["shared"])
-    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+    apply_options(optimizer, saved["param_groups"])
+
+
+def apply_options(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Give the parameter groups their options back."""
+    for group, saved_group in zip(optimizer.param_groups, saved, strict=True):
         for key, value in saved_group.items():
             if key != "params":
                 group[key] = _option(group.get(key), value)

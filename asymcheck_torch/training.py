@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from asymcheck_torch.optimizers import check_optimizer
 from asymcheck_torch.restore import restore_into
 from asymcheck_torch.state import TrainingState, refused
 from asymcheck_torch.tensors import cuda_devices, pinned
-from asymcheck_torch.trained import ModuleAndOptimizers
+from asymcheck_torch.trained import ModuleAndOptimizers, Trained
 from asymcheck_torch.windows import (
     CudaClock,
     Cycle,
@@ -91,7 +92,8 @@ def attach(
     Compile before attaching; a compiled module is left whole and makes one window.
 
     Args:
-        module: the module that trains, bare or wrapped by DDP or `torch.compile`.
+        module: the module that trains, bare or wrapped by DDP or `torch.compile`, sharded by
+            FSDP2 (`fully_shard`), or a DeepSpeed engine.
         optimizer: the optimizers, in the order in which the loop steps them. None to restore
             only: the module and the extra state given, nothing else.
         url: where to keep the checkpoints: a path or a URL.
@@ -117,7 +119,13 @@ def attach(
     optimizers = list(optimizer or [])
     for each in optimizers:
         check_optimizer(each)
-    world = World.of(module, process_group)
+    if is_engine(module):
+        if optimizers or process_group is not None:
+            raise ValueError("an engine has its own optimizer and process group: give neither")
+        trained, world = _engine(module)
+    else:
+        world = World.of(module, process_group)
+        trained = ModuleAndOptimizers(unwrap(module), optimizers)
     on_cuda = bool(cuda_devices(module.parameters()))
     checkpointer = Checkpointer(
         url,
@@ -134,10 +142,23 @@ def attach(
         commit_timeout_s=commit_timeout_s,
         allocate=pinned if on_cuda else page_aligned,
     )
-    trained = ModuleAndOptimizers(unwrap(module), optimizers)
     state = TrainingState(trained, named_extras(extra_state), world)
     clock = CudaClock() if on_cuda else HostClock()
-    return TrainingCheckpointer(checkpointer, state, module, clock, every_steps, on_error)
+    hooked = trained.module if is_engine(module) else module
+    return TrainingCheckpointer(checkpointer, state, hooked, clock, every_steps, on_error)
+
+
+def is_engine(module: nn.Module) -> bool:
+    """Whether a module is a DeepSpeed engine; does not import DeepSpeed."""
+    deepspeed: Any = sys.modules.get("deepspeed")
+    return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
+
+
+def _engine(engine: Any) -> tuple[Trained, World]:
+    from asymcheck_torch.deepspeed.engine import Engine
+
+    world = World.of(engine.module, engine.seq_data_parallel_group)
+    return Engine.of(engine, world.rank, world.size), world
 
 
 class TrainingCheckpointer:

@@ -1,0 +1,1 @@
+"""AsymCheck for DeepSpeed engines."""

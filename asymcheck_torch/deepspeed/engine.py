@@ -1,0 +1,112 @@
+"""A DeepSpeed engine as something that is trained: logical parameters, whatever the stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from asymcheck_torch.deepspeed.partitioned import Partitioned
+from asymcheck_torch.deepspeed.zero import check_engine, loss_scaler_of, masters_of
+from asymcheck_torch.matching import Matching
+from asymcheck_torch.optimizers import Copy
+from asymcheck_torch.stored import Stored
+from asymcheck_torch.trained import Live, ModuleAndOptimizers, Trained
+
+_log = logging.getLogger("asymcheck")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+_PLAIN = bool | int | float | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine of `deepspeed.initialize`: what its optimizer trains, and its own counters."""
+
+    engine: Any
+    inner: Trained
+
+    @classmethod
+    def of(cls, engine: Any, rank: int, size: int) -> Engine:
+        """How this rank of so many sees the engine.
+
+        Raises:
+            UnsupportedStateError: the version or a feature of DeepSpeed is not known.
+        """
+        check_engine(engine)
+        masters = masters_of(engine.optimizer)
+        if masters is None:
+            return cls(engine, ModuleAndOptimizers(engine.module, [engine.optimizer]))
+        return cls(engine, Partitioned(engine.module, masters, rank, size))
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that was given to DeepSpeed."""
+        return self.engine.module
+
+    @property
+    def is_updated(self) -> bool:
+        """Always."""
+        return True
+
+    def tensors(self) -> Live:
+        """See `Trained`: master weights and moments, not the copies in low precision."""
+        return self.inner.tensors()
+
+    def records(self, copy: Copy) -> list[dict[str, Any]]:
+        """See `Trained`."""
+        return self.inner.records(copy)
+
+    def engine_state(self) -> dict[str, Any]:
+        """Counters, the loss scale and the schedule."""
+        schedule = self.engine.lr_scheduler
+        has_state = schedule is not None and hasattr(schedule, "state_dict")
+        return {
+            **{name: getattr(self.engine, name) for name in _COUNTERS},
+            "loss_scaler": _plain_members(loss_scaler_of(self.engine.optimizer)),
+            "lr_scheduler": schedule.state_dict() if has_state else None,
+        }
+
+    def match(self, matching: Matching, stored: Stored) -> Callable[[], None]:
+        """See `Trained`. What another kind of run has saved leaves the schedule as it is."""
+        apply_inner = self.inner.match(matching, stored)
+
+        def apply() -> None:
+            apply_inner()
+            if stored.engine is not None:
+                self._apply(stored.engine)
+            else:
+                self._start_at(matching.checkpoint.step)
+
+        return apply
+
+    def _apply(self, saved: Mapping[str, Any]) -> None:
+        for name in _COUNTERS:
+            setattr(self.engine, name, saved[name])
+        scaler = loss_scaler_of(self.engine.optimizer)
+        if scaler is not None and saved["loss_scaler"].keys() == _plain_members(scaler).keys():
+            for name, value in saved["loss_scaler"].items():
+                setattr(scaler, name, value)
+        if saved["lr_scheduler"] is not None and self.engine.lr_scheduler is not None:
+            self.engine.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+
+    def _start_at(self, step: int) -> None:
+        self.engine.global_steps = step
+        self.engine.global_samples = step * self.engine.train_batch_size()
+        self.engine.micro_steps = step * self.engine.gradient_accumulation_steps()
+        if self.engine.lr_scheduler is not None:
+            _log.warning("step %d was not saved by DeepSpeed: the schedule is not restored", step)
+
+    def hook_updates(
+        self, before: Callable[[], None], after: Callable[[], None]
+    ) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """See `Trained`."""
+        return self.inner.hook_updates(before, after)
+
+
+def _plain_members(scaler: Any) -> dict[str, Any]:
+    members = {} if scaler is None else vars(scaler)
+    return {name: value for name, value in members.items() if isinstance(value, _PLAIN)}

@@ -1,0 +1,265 @@
+"""Master weights and optimizer state in flat tensors, of which every rank holds a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from asymcheck.errors import UnsupportedStateError
+from asymcheck.state import ShardSpec
+from asymcheck_torch.deepspeed.zero import Masters, frozen_part
+from asymcheck_torch.extras import private
+from asymcheck_torch.matching import Held, Matching
+from asymcheck_torch.modules import named_parameters
+from asymcheck_torch.optimizers import Copy, kind_of
+from asymcheck_torch.parts import Part
+from asymcheck_torch.stored import Stored, read_arrays
+from asymcheck_torch.tensors import torch_dtype
+from asymcheck_torch.trained import Live, apply_options, kinds_of
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """A parameter that is trained: its first name, and the number of the flat tensor it is in."""
+
+    name: str
+    parameter: nn.Parameter
+    flat: int
+
+
+class Partitioned:
+    """See `asymcheck_torch.trained.Trained`.
+
+    Args:
+        module: the module.
+        masters: where its master weights are on this rank.
+        rank, size: this rank among those that train it.
+    """
+
+    def __init__(self, module: nn.Module, masters: Masters, rank: int, size: int) -> None:
+        self.module = module
+        self.is_updated = True
+        self._masters = masters
+        self._rank, self._size = rank, size
+        names = {id(p): name for name, p in reversed(named_parameters(module).items())}
+        self._trained = [
+            _Trained(names[id(parameter)], parameter, flat)
+            for flat, parameters in enumerate(masters.parameters)
+            for parameter in parameters
+        ]
+        self._scalars: dict[tuple[int, str], torch.Tensor] = {}
+        self._live: tuple[list[Any], Live] | None = None
+
+    def engine_state(self) -> None:
+        """An engine has its own."""
+        return
+
+    # -- to be saved -----------------------------------------------------------------------
+
+    def tensors(self) -> Live:
+        """Master weights, and of the optimizer's state what it keeps for every element.
+
+        Numbers that it keeps for a flat tensor (`step`) count for each of its parameters.
+        """
+        for flat in range(len(self._masters.flats)):
+            self._note_numbers(flat)
+        memory = self._memory()
+        if self._live is None or self._live[0] != memory:
+            self._live = memory, {"params": self._parameters()} | self._moments()
+        return self._live[1]
+
+    def _memory(self) -> list[Any]:
+        """Equal as long as the same tensors lie in the same memory."""
+        return [
+            (flat.data_ptr(), [(key, t.data_ptr()) for key, t in self._tensors_of(number).items()])
+            for number, flat in enumerate(self._masters.flats)
+        ]
+
+    def _parameters(self) -> dict[str, Held]:
+        trained = {id(each.parameter): each for each in self._trained}
+        return {
+            name: self._part(trained[id(parameter)], "params", self._masters.flats)
+            if id(parameter) in trained
+            else frozen_part(parameter)
+            for name, parameter in named_parameters(self.module).items()
+        }
+
+    def _moments(self) -> dict[str, dict[str, Held]]:
+        found: dict[str, dict[str, Held]] = {}
+        for each in self._trained:
+            for key, tensor in self._tensors_of(each.flat).items():
+                part = self._part(each, key, {each.flat: tensor}) if tensor.ndim else tensor
+                found.setdefault(kind_of(0, key), {})[each.name] = part
+        return found
+
+    def _part(self, each: _Trained, kind: str, flats: Any) -> Part:
+        """What this rank holds of a parameter, in flat tensors laid out as the masters are."""
+        parameter = each.parameter
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        place = self._masters.places.get(id(parameter))
+        flat: torch.Tensor = flats[each.flat].detach().reshape(-1)
+        start, tensor = 0, flat[:0]
+        if place is not None:
+            start, tensor = place.start, flat[place.offset : place.offset + place.count]
+        alone = not self._masters.is_shared and 0 not in shape
+        replica = (0, 1) if alone else (self._rank, self._size)
+        return Part(tensor, shape, ShardSpec.whole(shape), start, *replica, (id(parameter), kind))
+
+    def _state(self, flat: int) -> dict[str, Any]:
+        state: Mapping[torch.Tensor, dict[str, Any]] = self._masters.optimizer.state
+        return state.get(self._masters.flats[flat], {})
+
+    def _note_numbers(self, flat: int) -> None:
+        """Numbers that are no tensors become ones, each always the same."""
+        for key, value in self._state(flat).items():
+            if isinstance(value, int | float):
+                number = self._scalars.setdefault((flat, key), torch.zeros((), dtype=torch.float32))
+                number.fill_(value)
+
+    def _tensors_of(self, flat: int) -> dict[str, torch.Tensor]:
+        """The optimizer's state of a flat tensor: tensors like it, and numbers as 0-d ones."""
+        found: dict[str, torch.Tensor] = {}
+        shape = self._masters.flats[flat].shape
+        for key, value in self._state(flat).items():
+            tensor = self._scalars.get((flat, key), value)
+            if isinstance(tensor, torch.Tensor) and tensor.shape in (shape, ()):
+                found[key] = tensor
+            elif tensor is not None:
+                raise UnsupportedStateError(
+                    "the optimizer keeps something that belongs to no parameter",
+                    leaf=key,
+                    expected=f"numbers, and tensors of shape {list(shape)}",
+                    found=str(getattr(tensor, "shape", type(tensor).__name__)),
+                )
+        return found
+
+    def records(self, copy: Copy) -> list[dict[str, Any]]:
+        """Options of the parameter groups, and the names of the parameters in them."""
+        groups = [
+            {key: private(value, copy) for key, value in group.items() if _is_option(key)}
+            | {"params": self._names_of(number)}
+            for number, group in enumerate(self._masters.optimizer.param_groups)
+        ]
+        return [{"param_groups": groups, "other": {}, "shared": {}}]
+
+    def _names_of(self, group: int) -> list[str]:
+        return [each.name for each in self._trained if self._masters.groups[each.flat] == group]
+
+    # -- to be restored --------------------------------------------------------------------
+
+    def match(self, matching: Matching, stored: Stored) -> Callable[[], None]:
+        """Everything must fit: parameters, groups, and the state of every trained parameter."""
+        matching.tensors("parameter", self._parameters(), stored.kinds["params"])
+        if len(stored.optimizers) != 1:
+            matching.problems.append(f"here is 1 optimizer, in it {len(stored.optimizers)}")
+            return lambda: None
+        record = stored.optimizers[0]
+        self._match_groups(matching, record["param_groups"])
+        states: dict[int, dict[str, Any]] = {}
+        for key, paths in kinds_of(stored, 0):
+            matching.names(key, [each.name for each in self._trained], paths)
+            if not matching.problems:
+                self._match_kind(matching, key, paths, states)
+
+        def apply() -> None:
+            self._apply(states)
+            apply_options(self._masters.optimizer, record["param_groups"])
+            self._masters.refresh()
+
+        return apply
+
+    def _match_groups(self, matching: Matching, saved: list[dict[str, Any]]) -> None:
+        groups = self._masters.optimizer.param_groups
+        if len(groups) != len(saved):
+            matching.problems.append(f"here are {len(groups)} parameter groups, in it {len(saved)}")
+            return
+        trained = {each.name for each in self._trained}
+        frozen = named_parameters(self.module).keys() - trained
+        for number, group in enumerate(saved):
+            found = [name for name in group["params"] if name not in frozen]
+            matching.names(f"group {number}: parameter", self._names_of(number), found)
+
+    def _match_kind(
+        self,
+        matching: Matching,
+        key: str,
+        paths: Mapping[str, str],
+        states: dict[int, dict[str, Any]],
+    ) -> None:
+        specs = {each.name: matching.spec(paths[each.name]) for each in self._trained}
+        if key == "step" or all(spec.shape == () for spec in specs.values()):
+            self._match_numbers(matching, key, paths, states)
+            return
+        for each in self._trained:
+            dtype = torch_dtype(specs[each.name].dtype, specs[each.name].path)
+            tensors = states.setdefault(each.flat, {})
+            if key not in tensors:
+                tensors[key] = self._place(each.flat, key, dtype)
+            part = self._part(each, key, {each.flat: tensors[key]})
+            matching.tensor(f"{key} {each.name!r}", part, paths[each.name])
+
+    def _place(self, flat: int, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """The optimizer's own tensor where there is one, else a fresh one, its padding zero."""
+        old = self._state(flat).get(key)
+        if isinstance(old, torch.Tensor):
+            return old
+        return torch.zeros_like(self._masters.flats[flat].detach(), dtype=dtype)
+
+    def _match_numbers(
+        self,
+        matching: Matching,
+        key: str,
+        paths: Mapping[str, str],
+        states: dict[int, dict[str, Any]],
+    ) -> None:
+        """One number for a flat tensor, so those of its parameters must be equal."""
+        primary = {name: matching.spec(path).path for name, path in paths.items()}
+        values = read_arrays(matching.checkpoint, dict.fromkeys(primary.values()))
+        for each in self._trained:
+            value = np.asarray(values[primary[each.name]]).item()
+            first = states.setdefault(each.flat, {}).setdefault(key, value)
+            if first != value:
+                matching.problems.append(
+                    f"{key} of {each.name!r} is {value} in it, of others of its group {first}; "
+                    "DeepSpeed keeps one for all"
+                )
+
+    def _apply(self, states: Mapping[int, Mapping[str, Any]]) -> None:
+        optimizer = self._masters.optimizer
+        for number, flat in enumerate(self._masters.flats):
+            state: dict[str, Any] = optimizer.state[flat]
+            for key, value in states.get(number, {}).items():
+                is_number = not isinstance(value, torch.Tensor)
+                state[key] = _number(optimizer, state.get(key), value) if is_number else value
+
+    def hook_updates(
+        self, before: Callable[[], None], after: Callable[[], None]
+    ) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """The optimizer steps the flat tensors one after the other, or all at once."""
+        last = self._masters.flats[-1]
+
+        def after_step(optimizer: Optimizer, *_: Any) -> None:
+            if any(p is last for group in optimizer.param_groups for p in group["params"]):
+                after()
+
+        yield self._masters.optimizer.register_step_pre_hook(lambda *_: before())
+        yield self._masters.optimizer.register_step_post_hook(after_step)
+
+
+def _number(optimizer: Optimizer, old: Any, value: float) -> Any:
+    """A number in the form in which the optimizer keeps it: torch's in tensors, others bare."""
+    if isinstance(old, torch.Tensor):
+        return old.fill_(value)
+    if old is None and type(optimizer).__module__.startswith("torch."):
+        return torch.tensor(value, dtype=torch.float32)
+    return float(value) if isinstance(old, float) else int(value)
+
+
+def _is_option(key: str) -> bool:
+    return key != "params" and not key.startswith("_ds_")

@@ -1,0 +1,207 @@
+"""Where DeepSpeed keeps what it trains: the only place that reads its internals.
+
+ZeRO flattens the parameters of a group into one tensor and gives each rank a stretch of it, with
+the master weights in full precision and the optimizer's state; the inner optimizer steps these
+flat tensors. Stage 3 cuts every parameter by itself, stages 1 and 2 the flat tensor. (Rajbhandari
+et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+from torch.optim import Optimizer
+
+from asymcheck.errors import UnsupportedStateError
+from asymcheck_torch.parts import Part, stretch
+
+_KNOWN_VERSIONS = ("0.19",)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this rank holds elements [start, start + count) of a parameter, flattened.
+
+    Attributes:
+        flat: the number of the flat tensor.
+        offset: where they begin in it.
+    """
+
+    flat: int
+    offset: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Masters:
+    """The master weights of an engine's optimizer.
+
+    Attributes:
+        optimizer: the inner one, which steps `flats`.
+        flats: the tensors that it steps on this rank, in the order in which it does.
+        parameters: for each of them, the parameters that it holds stretches of.
+        groups: for each of them, the number of its parameter group.
+        places: by the `id` of the parameter; of a parameter that does not reach this rank there
+            is none.
+        is_shared: every rank holds them whole.
+        refresh: makes the model's weights what the masters say, on all ranks together.
+    """
+
+    optimizer: Optimizer
+    flats: list[torch.Tensor]
+    parameters: list[list[nn.Parameter]]
+    groups: list[int]
+    places: dict[int, Place]
+    is_shared: bool
+    refresh: Callable[[], None]
+
+
+def check_engine(engine: Any) -> None:
+    """Refuse what this module does not know, by name.
+
+    Raises:
+        UnsupportedStateError: another version of DeepSpeed, or a feature that splits or moves the
+            state in a way of its own.
+    """
+    if not deepspeed.__version__.startswith(tuple(f"{known}." for known in _KNOWN_VERSIONS)):
+        raise UnsupportedStateError(
+            "the layout of this version of DeepSpeed is not known",
+            expected=" or ".join(f"{known}.x" for known in _KNOWN_VERSIONS),
+            found=deepspeed.__version__,
+        )
+    for name, used in _unknown_features(engine):
+        if used:
+            raise UnsupportedStateError(
+                f"DeepSpeed's {name} cannot be checkpointed",
+                hint="Use ZeRO data parallelism with state in device or host memory",
+            )
+
+
+def _unknown_features(engine: Any) -> Iterator[tuple[str, bool]]:
+    zero = engine.optimizer
+    yield "pipeline engine", isinstance(engine, PipelineEngine)
+    yield "mixture of experts", bool(engine.has_moe_layers)
+    yield "model parallelism", engine.mp_world_size > 1
+    yield "offloading to NVMe", bool(getattr(zero, "swap_optimizer", False))
+    yield "offloading of a part of the state", getattr(zero, "partial_offload", 1.0) != 1.0
+    yield "ZenFlow", bool(getattr(zero, "zenflow", False))
+    yield "Muon", bool(getattr(zero, "use_muon", False) or getattr(zero, "_uses_muon", False))
+    yield "secondary partitions (hpZ)", getattr(zero, "zero_hpz_partition_size", 1) > 1
+    yield (
+        "gradient scaler of torch's autocast",
+        (getattr(zero, "torch_autocast_gradscaler", None) is not None),
+    )
+
+
+def masters_of(zero: Any) -> Masters | None:
+    """The master weights of an engine's optimizer; None if that is torch's own.
+
+    Raises:
+        UnsupportedStateError: DeepSpeed keeps them in another way.
+    """
+    if isinstance(zero, Optimizer):
+        return None
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        return _stage_3(zero)
+    if isinstance(zero, DeepSpeedZeroOptimizer):
+        flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
+        return _flattened(zero, flats, groups)
+    if isinstance(zero, BF16_Optimizer):
+        return _flattened(zero, zero.fp32_groups_flat_partition, zero.bf16_groups)
+    if isinstance(zero, FP16_UnfusedOptimizer):
+        return _unfused(zero)
+    raise UnsupportedStateError(
+        f"DeepSpeed's {type(zero).__name__} cannot be checkpointed", hint="Use ZeRO stage 1, 2 or 3"
+    )
+
+
+def _stage_3(zero: Any) -> Masters:
+    places: dict[int, Place] = {}
+    for parameters in zero.fp16_groups:
+        for parameter in parameters:
+            flat, offset, share = zero.grad_position[zero.get_param_id(parameter)]
+            start, count = _own_stretch(parameter, share)
+            places[id(parameter)] = Place(flat, offset, start, count)
+
+    def refresh() -> None:
+        for number in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        zero.checkpoint_event_epilogue()
+
+    groups = [zero.sub_group_to_group_id[number] for number in range(len(zero.fp16_groups))]
+    flats = list(zero.fp32_partitioned_groups_flat)
+    parameters = [list(group) for group in zero.fp16_groups]
+    return Masters(zero.optimizer, flats, parameters, groups, places, False, refresh)
+
+
+def _own_stretch(parameter: Any, share: int) -> tuple[int, int]:
+    """(start, count) of this rank: equal shares, of which the last ones end in padding."""
+    rank = dist.get_rank(group=parameter.ds_process_group)
+    numel = int(parameter.ds_numel)
+    start = min(rank * share, numel)
+    return start, min(share, numel - start)
+
+
+def _flattened(zero: Any, flats: list[torch.Tensor], groups: list[list[Any]]) -> Masters:
+    places: dict[int, Place] = {}
+    for number, parameters in enumerate(groups):
+        for parameter in parameters:
+            fragment = parameter._hp_mapping
+            if fragment is not None:
+                master, of = fragment.hp_fragment_address, fragment.lp_fragment_address
+                places[id(parameter)] = Place(number, master.start, of.start, of.numel)
+
+    def refresh() -> None:
+        zero._lazy_init_hp_params_optimizer_state()  # else done after the first step
+        zero.update_lp_params()
+
+    numbers = list(range(len(flats)))
+    parameters = [list(group) for group in groups]
+    return Masters(zero.optimizer, list(flats), parameters, numbers, places, False, refresh)
+
+
+def _unfused(zero: Any) -> Masters:
+    flats: list[torch.Tensor] = []
+    parameters: list[list[nn.Parameter]] = []
+    groups: list[int] = []
+    places: dict[int, Place] = {}
+    for number, (models, masters) in enumerate(
+        zip(zero.fp16_groups, zero.fp32_groups, strict=True)
+    ):
+        for model, master in zip(models, masters, strict=True):
+            places[id(model)] = Place(len(flats), 0, 0, master.numel())
+            flats.append(master)
+            parameters.append([model])
+            groups.append(number)
+
+    def refresh() -> None:
+        for (model,), master in zip(parameters, flats, strict=True):
+            model.data.copy_(master.data)
+
+    return Masters(zero.optimizer, flats, parameters, groups, places, True, refresh)
+
+
+def frozen_part(parameter: Any) -> torch.Tensor | Part:
+    """A parameter that is not trained: stage 3 cuts it, too."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    share: torch.Tensor = parameter.ds_tensor
+    start, count = _own_stretch(parameter, share.numel())
+    return stretch(share[:count], tuple(parameter.ds_shape), start, id(parameter))
+
+
+def loss_scaler_of(zero: Any) -> Any:
+    """The object that holds the loss scale, or None."""
+    return getattr(zero, "loss_scaler", None) or getattr(zero, "loss_scale_config", None)

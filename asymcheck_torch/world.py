@@ -9,7 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from asymcheck.errors import UnsupportedStateError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,14 @@ class World:
 
     @classmethod
     def of(cls, module: nn.Module, group: dist.ProcessGroup | None) -> World:
-        """The group given, else DDP's, else a single process."""
+        """The group given, else that of DDP or FSDP2, else a single process.
+
+        Raises:
+            UnsupportedStateError: the module is sharded over a part of a mesh's ranks.
+        """
         ddp = _ddp_of(module)
-        if group is None and ddp is not None:
-            group = ddp.process_group
+        if group is None:
+            group = ddp.process_group if ddp is not None else _group_of_shards(module)
         if group is None:
             return cls(None, 0, 1, shares_buffers=True)
         shares = ddp is not None and ddp.broadcast_buffers
@@ -63,6 +70,23 @@ class World:
     def _tensor(self, number: int | list[int]) -> torch.Tensor:
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
         return torch.tensor(number, dtype=torch.int64, device=device)
+
+
+def _group_of_shards(module: nn.Module) -> Any:
+    """The ranks that hold the parts of a module's `DTensor`s; None if it has none."""
+    meshes = {p.device_mesh for p in module.parameters() if isinstance(p, DTensor)}
+    if not meshes:
+        return None
+    if all(mesh.size() == dist.get_world_size() for mesh in meshes):
+        return dist.group.WORLD
+    (mesh,) = meshes if len(meshes) == 1 else (None,)
+    if mesh is None or mesh.ndim != 1:
+        raise UnsupportedStateError(
+            "the module is sharded over several meshes, or over a part of the ranks",
+            found=", ".join(str(mesh) for mesh in meshes)[:200],
+            hint="Pass process_group: the ranks that together hold the module",
+        )
+    return mesh.get_group()
 
 
 def _ddp_of(module: nn.Module) -> DistributedDataParallel | None:

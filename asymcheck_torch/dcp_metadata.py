@@ -6,7 +6,6 @@ builds inert records in their place. What it says is checked before it is used.
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from asymcheck import tree
 from asymcheck.errors import SourceError
 from asymcheck.index import tile
 from asymcheck.state import ShardSpec
+from asymcheck_torch.inert_pickle import MAX_NBYTES, Member, Names, Record, glimpse, read
 from asymcheck_torch.tensors import TORCH_DTYPES
 
 
@@ -45,19 +45,6 @@ class Entry:
     stored: StoredTensor | Piece
 
 
-class _Record:
-    """Stands for an object of DCP: holds the state that the pickle gives it, and does nothing."""
-
-    def __init__(self, *_args: object) -> None:
-        self.state: Any = {}
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-    def __getitem__(self, name: str) -> Any:
-        return self.state[name]
-
-
 _RECORDS: dict[str, tuple[str, ...]] = {
     "torch.distributed.checkpoint.metadata": (
         *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
@@ -68,29 +55,12 @@ _RECORDS: dict[str, tuple[str, ...]] = {
     "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
     "pathlib._local": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
 }
-
-
-def _member(owner: object, name: object) -> _Record:
-    """A member of an enumeration, as Python 3.11 pickles it before 3.11.4."""
-    if not (isinstance(owner, type) and issubclass(owner, _Record)):
-        raise SourceError("the metadata refer to an attribute", found=f"builtins.getattr {name!r}")
-    return owner()
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (module_name, global_name) == ("builtins", "getattr"):
-            return _member
-        if module_name == "torch" and global_name in TORCH_DTYPES:
-            return global_name
-        if (module_name, global_name) == ("torch", "Size"):
-            return tuple
-        if global_name in _RECORDS.get(module_name, ()):
-            return type(global_name, (_Record,), {})  # a fresh one: nothing outlives the pickle
-        raise SourceError(
-            "the metadata refer to something that DCP's own do not; none of it was run",
-            found=f"{module_name}.{global_name}"[:200],
-        )
+_NAMES: Names = {
+    **{f"torch.{name}": name for name in TORCH_DTYPES},
+    **{f"{module}.{name}": Record for module, names in _RECORDS.items() for name in names},
+    "torch.Size": tuple,
+    "builtins.getattr": Member,
+}
 
 
 def read_metadata(path: Path) -> list[Entry]:
@@ -102,14 +72,14 @@ def read_metadata(path: Path) -> list[Entry]:
     """
     try:
         with path.open("rb") as file:
-            metadata = _Unpickler(file).load()
-        return _entries(metadata)
+            data = file.read(MAX_NBYTES + 1)
+        return _entries(read(data, _NAMES, f"the metadata {path}"))
     except SourceError:
         raise
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # a malformed pickle can make it raise anything
-        raise SourceError(f"{path} is not the metadata of DCP", found=repr(error)[:200]) from error
+        raise SourceError(f"{path} is not the metadata of DCP", found=glimpse(error)) from error
 
 
 def _entries(metadata: Any) -> list[Entry]:

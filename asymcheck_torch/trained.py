@@ -42,6 +42,10 @@ class Trained(Protocol):
         """Whether there is anything that updates it; else it is only restored."""
         ...
 
+    def weights(self) -> Trained:
+        """The same module, of which only the weights are to be restored."""
+        ...
+
     def tensors(self) -> Live:
         """{kind: {name: tensor}} of `params` and the optimizers' tensors, the live ones.
 
@@ -82,6 +86,10 @@ class ModuleAndOptimizers:
     def is_updated(self) -> bool:
         """Whether there is an optimizer."""
         return bool(self.optimizers)
+
+    def weights(self) -> ModuleAndOptimizers:
+        """See `Trained`."""
+        return ModuleAndOptimizers(self.module, ())
 
     def _parameters(self) -> Parameters:
         return Parameters.of(self.module, self.optimizers)

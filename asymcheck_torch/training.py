@@ -170,6 +170,7 @@ class TrainingCheckpointer:
         step: completed updates, counted from the start of training.
         stall_s: {step: seconds that training waited for its checkpoint}, of the last 100,000.
         checkpointer: the `asymcheck.Checkpointer` beneath: its steps, costs and trace.
+        state: what is saved and restored.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class TrainingCheckpointer:
         self.step = 0
         self.stall_s: dict[int, float] = {}
         self.checkpointer = checkpointer
-        self._state = state
+        self.state = state
         self._module = module  # as the loop calls it, with its wrappers
         self._every_steps = every_steps
         self._raises = on_error == "raise"
@@ -231,19 +232,34 @@ class TrainingCheckpointer:
             StoreError: the store failed.
         """
         self.wait()
-        world = self._state.world
+        world = self.state.world
         _, found = world.extremes(len(self.checkpointer.steps()))
         if step is None and found == 0:
             return 0
 
-        def fill(checkpoint: Checkpoint) -> None:
-            restore_into(checkpoint, self._state)
+        self._restore(step, self.state)
+        return self.step
 
-        self.step = restore_together(self.checkpointer, fill, step, world)
-        self._captured = self.step
+    def restore_weights(self, step: int | None = None) -> int:
+        """As `restore`, but only parameters, buffers and extra state of modules; the step.
+
+        Optimizers, extra state, generators and the count of steps stay as they are: to train
+        anew from the weights of another run.
+        """
+        self.wait()
+        weights = TrainingState(self.state.trained.weights(), (), self.state.world)
+        return self._restore(step, weights)
+
+    def _restore(self, step: int | None, state: TrainingState) -> int:
+        def fill(checkpoint: Checkpoint) -> None:
+            restore_into(checkpoint, state)
+
+        found = restore_together(self.checkpointer, fill, step, state.world)
+        if state is self.state:
+            self.step = self._captured = found
         self._due = self._seen_forward = False
         self._cycle.begin()
-        return self.step
+        return found
 
     def save_now(self) -> None:
         """Checkpoint the current step whatever `every_steps` says, if it is not already.
@@ -298,7 +314,7 @@ class TrainingCheckpointer:
         self._cycle.expect(len(blocks))
         for block in blocks:
             yield from hook_windows(block, self._on_window, eager)
-        yield from self._state.trained.hook_updates(self._before_update, self._after_update)
+        yield from self.state.trained.hook_updates(self._before_update, self._after_update)
 
     def _before_forward(self, module: nn.Module, _args: Any) -> None:
         if module.training or torch.is_grad_enabled():
@@ -329,7 +345,7 @@ class TrainingCheckpointer:
     def _note_update(self) -> None:
         """The step is to be captured; take what will not wait for the next forward pass."""
         with self._failures(), self._held():
-            self._state.note_update()
+            self.state.note_update()
             self._due = True
 
     def _begin(self) -> None:
@@ -347,9 +363,9 @@ class TrainingCheckpointer:
 
     def _view(self) -> StateView:
         try:
-            return self._state.view()
+            return self.state.view()
         except UnsupportedStateError as error:
-            if self._state.world.size > 1:  # the others would wait for this rank
+            if self.state.world.size > 1:  # the others would wait for this rank
                 self.checkpointer.begin(self.step, refused(error)).finish()
             raise
 

@@ -4,50 +4,41 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import deepspeed  # noqa: E402
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+)
+from sharded_net import (  # noqa: E402
+    WIDTH,
+    Net,
+    loss_of,
+    parameters_of,
+    random_tokens,
+    seed_and_build,
+)
+from torch import nn  # noqa: E402
 
 import asymcheck_torch  # noqa: E402
+from asymcheck.errors import AsymCheckError  # noqa: E402
 
-WIDTH = 24
-
-
-class Net(nn.Module):
-    """Tied weights, a frozen layer, sizes that no number of ranks divides, dropout, a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(29, WIDTH)
-        self.frozen = nn.Linear(WIDTH, WIDTH)
-        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
-        self.odd = nn.Parameter(torch.randn(7))
-        self.scale = nn.Parameter(torch.tensor([1.5]))
-        self.head = nn.Linear(WIDTH, 29, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("seen", torch.zeros(3))
-        for parameter in self.frozen.parameters():
-            parameter.requires_grad_(False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.seen += 1
-        x = self.frozen(self.embed(tokens))
-        for layer in self.layers:
-            x = x + nn.functional.dropout(torch.tanh(layer(x)), 0.1, self.training)
-        return self.head(x * self.scale) + self.odd.sum()
+STOP, TOTAL = 3, 5
 
 
-@dataclass
+@dataclass(frozen=True)
 class Setting:
     """How an engine is set up."""
 
@@ -58,101 +49,160 @@ class Setting:
     clip: float = 0.0
     scheduler: bool = False
     optimizer: str = "adamw"
+    width: int = WIDTH
+    zero_init: bool = False
+    zero: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
 
+    def config(self) -> dict[str, Any]:
+        """DeepSpeed's configuration; every use of a parameter gathers it again."""
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": self.accumulate,
+            "gradient_clipping": self.clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1_000_000,
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": 5_000,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_reuse_distance": 0,
+            }
+            | self.zero,
+        }
+        if self.dtype != "fp32":
+            config[self.dtype] = {"enabled": True}
+        if self.optimizer == "configured":
+            options = {"lr": 1e-2, "torch_adam": True}
+            config["optimizer"] = {"type": "AdamW", "params": options}
+        return config | self.more
 
-def parameters_of(model: nn.Module, groups: bool) -> Any:
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not groups:
-        return [p for _, p in trained]
-    flat = [p for n, p in trained if p.ndim < 2]
-    return [
-        {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": flat, "weight_decay": 0.0, "lr": 3e-3},
-    ]
 
-
-def optimizer_of(setting: Setting, parameters: Any) -> torch.optim.Optimizer:
+def optimizer_of(setting: Setting, parameters: Any) -> torch.optim.Optimizer | None:
     if setting.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
-    return torch.optim.AdamW(parameters, lr=1e-2)
+    if setting.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=1e-2)
+    if setting.optimizer == "cpu_adam":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(parameters, lr=1e-2)
+    return None
 
 
 def build(setting: Setting) -> Any:
     """An engine; parameters are the same on every rank."""
-    torch.manual_seed(7)
-    model = Net()
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": setting.accumulate,
-        "gradient_clipping": setting.clip,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1_000_000,
-        "zero_optimization": {
-            "stage": setting.stage,
-            "reduce_bucket_size": 5_000,
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_reuse_distance": 0,
-        }
-        | setting.more,
-    }
-    if setting.dtype != "fp32":
-        config[setting.dtype] = {"enabled": True}
+    config = setting.config()
+    sharded = deepspeed.zero.Init(config_dict_or_path=config) if setting.zero_init else None
+    with sharded or nullcontext():
+        model = seed_and_build(setting.width)
     parameters = parameters_of(model, setting.groups)
-    schedule = None
-    if setting.scheduler:
-        schedule = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)  # noqa: E731
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer_of(setting, parameters),
+        model_parameters=parameters,
         config=config,
-        lr_scheduler=schedule,
+        lr_scheduler=_schedule if setting.scheduler else None,
     )
     return engine
 
 
-def train(engine: Any, steps: int, accumulate: int = 1) -> list[float]:
-    """So many updates on this rank's random data; the losses."""
+def _schedule(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+
+
+@contextmanager
+def engine_of(setting: Setting) -> Iterator[Any]:
+    """An engine that is gone afterwards, so that a process can have several."""
+    engine = build(setting)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def train(engine: Any, steps: int, spoil: float = 1.0) -> list[float]:
+    """So many updates on this rank's random data; the losses, each times `spoil`."""
     losses: list[float] = []
     engine.train()
-    for _ in range(steps * accumulate):
-        tokens = torch.randint(29, (4, 5))
-        logits = engine(tokens).float()
-        loss = nn.functional.cross_entropy(logits.reshape(-1, 29), tokens.reshape(-1))
+    for _ in range(steps * engine.gradient_accumulation_steps()):
+        loss = loss_of(engine, random_tokens()) * spoil
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
     return losses
 
 
-def seed(rank: int) -> None:
-    torch.manual_seed(100 + rank)
+# -- what an engine holds ------------------------------------------------------------------
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
     """What the engine holds, by logical names, gathered by DeepSpeed's own functions."""
-    state: dict[str, Any] = {"counters": [engine.global_steps, engine.skipped_steps]}
-    state["lr"] = [group["lr"] for group in engine.optimizer.param_groups]
+    _link_moments(engine.optimizer)
+    found: dict[str, Any] = {
+        "counters": [engine.global_steps, engine.skipped_steps, engine.micro_steps],
+        "samples": engine.global_samples,
+        "options": [_options(group) for group in engine.optimizer.param_groups],
+        "updates": sorted(_updates(engine.optimizer)),
+        "schedule": engine.lr_scheduler.state_dict() if engine.lr_scheduler else None,
+        "buffers/seen": engine.module.seen.clone(),
+    }
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
-            state[f"model/{name}"] = parameter.detach().clone()
+            found[f"model/{name}"] = parameter.detach().clone()
+        found[f"params/{name}"] = found[f"model/{name}"]
         if parameter.requires_grad:
-            state |= {f"{key}/{name}": t.clone() for key, t in _trained(engine, parameter).items()}
-    state["seen"] = engine.module.seen.clone()
-    return state
+            trained = _trained(engine, parameter)
+            found |= {f"{kind}/{name}": tensor.clone() for kind, tensor in trained.items()}
+    return found
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _link_moments(zero: Any) -> None:
+    """DeepSpeed links those of all groups when it has stepped the first, so some are missing."""
+    if getattr(zero, "_hp_optimizer_states_linked", False):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _updates(zero: Any) -> set[float]:
+    return {float(state["step"]) for state in zero.state.values() if "step" in state}
 
 
 def _trained(engine: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    """The master weight and the moments of a parameter, whole."""
+    zero = engine.optimizer
+    if isinstance(zero, torch.optim.Optimizer):
+        return _tensors(zero.state[parameter])
+    if isinstance(zero, FP16_UnfusedOptimizer):
+        masters = _masters_of_unfused(zero)
+        return {"params": masters[parameter].detach()} | _tensors(zero.state[masters[parameter]])
+    state = next(iter(zero.optimizer.state.values()), {})
+    moments = {
+        key: safe_get_full_optimizer_state(parameter, key)
+        for key in _tensors(state)
+        if key != "step"
+    }
+    return {"params": safe_get_full_fp32_param(parameter)} | moments
 
-    if isinstance(engine.optimizer, torch.optim.Optimizer):
-        state = engine.optimizer.state[parameter]
-        return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
-        return {}  # of whole masters the model's copy and further training tell
-    keys = ("exp_avg", "exp_avg_sq") if "AdamW" in str(engine.basic_optimizer) else ()
-    moments = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
-    return {"master": safe_get_full_fp32_param(parameter)} | moments
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.ndim}
+
+
+def _masters_of_unfused(zero: Any) -> dict[nn.Parameter, torch.Tensor]:
+    return {
+        model: master
+        for models, masters in zip(zero.fp16_groups, zero.fp32_groups, strict=True)
+        for model, master in zip(models, masters, strict=True)
+    }
+
+
+# -- processes -----------------------------------------------------------------------------
 
 
 def start(worker: Callable[..., Any], folder: Path, *args: Any, world: int = 2) -> list[Any]:
@@ -176,7 +226,7 @@ def _enter(
     torch.set_num_threads(1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
+    os.environ.update(MASTER_ADDR="127.0.0.1", TORCH_EXTENSIONS_DIR=str(folder.parent / "built"))
     # Without it DeepSpeed compiles an extension for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
@@ -185,29 +235,70 @@ def _enter(
     dist.destroy_process_group()
 
 
-def save_and_go_on(
-    rank: int, world: int, url: str, setting: Setting, stop: int = 3, total: int = 5
-) -> Any:
-    """Train with checkpoints to `stop`, then without to `total`; state and losses at both."""
-    engine = build(setting)
-    seed(rank)
-    with asymcheck_torch.attach(engine, url=url, max_to_keep=None) as ckpt:
-        train(engine, stop, setting.accumulate)
-        assert ckpt.step == stop
-    at_stop = snapshot(engine)
-    losses = train(engine, total - stop, setting.accumulate)
-    return at_stop, snapshot(engine), losses
+def of_all(rank: int, world: int, worker: Callable[..., Any], runs: Mapping[Any, Any]) -> Any:
+    """What `worker(rank, *arguments)` returns for each of the runs, one after the other."""
+    return {name: worker(rank, *arguments) for name, arguments in runs.items()}
 
 
-def resume(
-    rank: int, world: int, url: str, setting: Setting, total: int = 5, warm: int = 0
-) -> Any:
-    """Restore (after `warm` updates of another run) and train to `total`."""
-    engine = build(setting)
-    seed(rank + 50)
-    train(engine, warm, setting.accumulate)
-    with asymcheck_torch.attach(engine, url=url, max_to_keep=None) as ckpt:
-        step = ckpt.restore()
-        at_start = snapshot(engine)
-        losses = train(engine, total - step, setting.accumulate)
-    return step, at_start, snapshot(engine), losses
+def save_and_go_on(rank: int, url: str, setting: Setting) -> Any:
+    """Train with checkpoints to STOP, then without to TOTAL; state at both, and the losses."""
+    with engine_of(setting) as engine:
+        torch.manual_seed(100 + rank)
+        with asymcheck_torch.attach(engine, url=url, max_to_keep=None) as ckpt:
+            train(engine, STOP)
+            assert ckpt.step == STOP
+        at_stop = snapshot(engine)
+        losses = train(engine, TOTAL - STOP)
+        return at_stop, snapshot(engine), losses
+
+
+def resume(rank: int, url: str, setting: Setting, warm: int = 0) -> Any:
+    """Restore, after `warm` updates on other data, and train to TOTAL."""
+    with engine_of(setting) as engine:
+        torch.manual_seed(200 + rank)
+        train(engine, warm)
+        with asymcheck_torch.attach(engine, url=url, every_steps=1000) as ckpt:
+            assert ckpt.restore() == STOP
+            at_start = snapshot(engine)
+            losses = train(engine, TOTAL - STOP)
+            assert ckpt.step == TOTAL
+        return at_start, snapshot(engine), losses
+
+
+def resume_unseen(rank: int, url: str, setting: Setting, warm: int) -> Any:
+    """As `resume`, but nothing gathers the parameters between restoring and training."""
+    with engine_of(setting) as engine:
+        torch.manual_seed(200 + rank)
+        train(engine, warm)
+        with asymcheck_torch.attach(engine, url=url, every_steps=1000) as ckpt:
+            assert ckpt.restore() == STOP
+            losses = train(engine, TOTAL - STOP)
+        return snapshot(engine), losses
+
+
+def restore_and_save_again(rank: int, url: str, setting: Setting) -> Any:
+    """Restore into a run that goes on with checkpoints, and restore its last one elsewhere."""
+    with engine_of(setting) as engine:
+        with asymcheck_torch.attach(engine, url=url, max_to_keep=None) as ckpt:
+            ckpt.restore()
+            train(engine, TOTAL - STOP)
+        expected = snapshot(engine)
+    with engine_of(setting) as engine:
+        with asymcheck_torch.attach(engine, url=url, every_steps=1000) as ckpt:
+            assert ckpt.restore() == TOTAL
+        return expected, snapshot(engine)
+
+
+def restore_what_does_not_fit(rank: int, url: str, setting: Setting) -> Any:
+    """The error, and the state before and after it."""
+    with engine_of(setting) as engine:
+        torch.manual_seed(300 + rank)
+        train(engine, 1)
+        before, generator = snapshot(engine), torch.get_rng_state()
+        with asymcheck_torch.attach(engine, url=url, every_steps=1000) as ckpt:
+            try:
+                ckpt.restore()
+            except AsymCheckError as error:
+                assert torch.equal(generator, torch.get_rng_state())
+                return type(error).__name__, str(error), before, snapshot(engine)
+        raise AssertionError("restored into an engine that does not fit")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,12 +22,19 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 _PLAIN = bool | int | float | str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Engine:
-    """An engine of `deepspeed.initialize`: what its optimizer trains, and its own counters."""
+    """An engine of `deepspeed.initialize`: what its optimizer trains, and its own counters.
+
+    Attributes:
+        client_state: what a script gives with a checkpoint.
+        found: the engine state of the checkpoint that was restored last.
+    """
 
     engine: Any
     inner: Trained
+    client_state: dict[str, Any] = field(default_factory=dict[str, Any])
+    found: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
     def of(cls, engine: Any, rank: int, size: int) -> Engine:
@@ -49,8 +56,12 @@ class Engine:
 
     @property
     def is_updated(self) -> bool:
-        """Always."""
-        return True
+        """Whether more than the weights counts."""
+        return self.inner.is_updated
+
+    def weights(self) -> Engine:
+        """See `Trained`."""
+        return Engine(self.engine, self.inner.weights(), found=self.found)
 
     def tensors(self) -> Live:
         """See `Trained`: master weights and moments, not the copies in low precision."""
@@ -63,11 +74,11 @@ class Engine:
     def engine_state(self) -> dict[str, Any]:
         """Counters, the loss scale and the schedule."""
         schedule = self.engine.lr_scheduler
-        has_state = schedule is not None and hasattr(schedule, "state_dict")
         return {
             **{name: getattr(self.engine, name) for name in _COUNTERS},
             "loss_scaler": _plain_members(loss_scaler_of(self.engine.optimizer)),
-            "lr_scheduler": schedule.state_dict() if has_state else None,
+            "lr_scheduler": None if schedule is None else schedule.state_dict(),
+            "client_state": self.client_state,
         }
 
     def match(self, matching: Matching, stored: Stored) -> Callable[[], None]:
@@ -76,22 +87,26 @@ class Engine:
 
         def apply() -> None:
             apply_inner()
-            if stored.engine is not None:
-                self._apply(stored.engine)
-            else:
+            self.found.clear()
+            self.found.update(stored.engine or {})
+            if self.is_updated and self.found:
+                self.apply_engine_state()
+            elif self.is_updated:
                 self._start_at(matching.checkpoint.step)
 
         return apply
 
-    def _apply(self, saved: Mapping[str, Any]) -> None:
-        for name in _COUNTERS:
-            setattr(self.engine, name, saved[name])
-        scaler = loss_scaler_of(self.engine.optimizer)
-        if scaler is not None and saved["loss_scaler"].keys() == _plain_members(scaler).keys():
-            for name, value in saved["loss_scaler"].items():
+    def apply_engine_state(self) -> None:
+        """Give the engine the counters, the loss scale and the schedule that were restored."""
+        for name in self.found.keys() & set(_COUNTERS):
+            setattr(self.engine, name, self.found[name])
+        scaler, saved = loss_scaler_of(self.engine.optimizer), self.found.get("loss_scaler", {})
+        if saved.keys() == _plain_members(scaler).keys():
+            for name, value in saved.items():
                 setattr(scaler, name, value)
-        if saved["lr_scheduler"] is not None and self.engine.lr_scheduler is not None:
-            self.engine.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        schedule = self.found.get("lr_scheduler")
+        if schedule is not None and self.engine.lr_scheduler is not None:
+            self.engine.lr_scheduler.load_state_dict(schedule)
 
     def _start_at(self, step: int) -> None:
         self.engine.global_steps = step

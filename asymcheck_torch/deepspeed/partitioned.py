@@ -40,11 +40,20 @@ class Partitioned:
         module: the module.
         masters: where its master weights are on this rank.
         rank, size: this rank among those that train it.
+        is_updated: more than the weights counts.
     """
 
-    def __init__(self, module: nn.Module, masters: Masters, rank: int, size: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        masters: Masters,
+        rank: int,
+        size: int,
+        *,
+        is_updated: bool = True,
+    ) -> None:
         self.module = module
-        self.is_updated = True
+        self.is_updated = is_updated
         self._masters = masters
         self._rank, self._size = rank, size
         names = {id(p): name for name, p in reversed(named_parameters(module).items())}
@@ -55,6 +64,10 @@ class Partitioned:
         ]
         self._scalars: dict[tuple[int, str], torch.Tensor] = {}
         self._live: tuple[list[Any], Live] | None = None
+
+    def weights(self) -> Partitioned:
+        """See `Trained`."""
+        return Partitioned(self.module, self._masters, self._rank, self._size, is_updated=False)
 
     def engine_state(self) -> None:
         """An engine has its own."""
@@ -156,6 +169,8 @@ class Partitioned:
     def match(self, matching: Matching, stored: Stored) -> Callable[[], None]:
         """Everything must fit: parameters, groups, and the state of every trained parameter."""
         matching.tensors("parameter", self._parameters(), stored.kinds["params"])
+        if not self.is_updated:
+            return self._masters.refresh
         if len(stored.optimizers) != 1:
             matching.problems.append(f"here is 1 optimizer, in it {len(stored.optimizers)}")
             return lambda: None

@@ -1,10 +1,16 @@
-"""When windows open: hooks on the blocks of a module, timed on the host or on the device."""
+"""When windows open: hooks on the blocks of a module, timed on the host or on the device.
+
+A window is open from the begin of a block's pass to that of the next, except while collectives are
+under way: those interrupt it.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,10 +19,14 @@ from torch import nn
 from asymcheck.checkpointer import Checkpointer
 from asymcheck.idle import WindowTimer
 from asymcheck.partition import Phase, Window, even_windows
+from asymcheck.snapshot import Capture
+from asymcheck_torch.collectives import Collective
 from asymcheck_torch.modules import is_compiled
+from asymcheck_torch.parts import numel
 
 MAX_BLOCKS = 64
 MAX_WINDOWS = 4096
+MAX_MARKS = 65_536
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
@@ -35,7 +45,7 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _weight(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(numel(parameter) for parameter in module.parameters())
 
 
 def _heaviest(module: nn.Module) -> nn.Module | None:
@@ -102,10 +112,21 @@ def _first_with_gradient(output: Any) -> torch.Tensor | None:
 
 
 class WindowClock(Protocol):
-    """Measures windows; each one ends where the next begins."""
+    """Measures windows; each one ends where the next begins, and is idle between communications.
+
+    Communications may overlap, and begin and end on any thread.
+    """
 
     def open(self, phase: Phase, index: int) -> None:
         """A window begins."""
+        ...
+
+    def communication_begin(self) -> None:
+        """The link is busy from here on."""
+        ...
+
+    def communication_end(self) -> None:
+        """One communication has ended; the link is idle when all have."""
         ...
 
     def finish_cycle(self) -> list[list[Window]]:
@@ -123,32 +144,53 @@ class HostClock:
         """A window begins."""
         self._timer.open(phase, index)
 
+    def communication_begin(self) -> None:
+        """The link is busy from here on."""
+        self._timer.communication_begin()
+
+    def communication_end(self) -> None:
+        """One communication has ended."""
+        self._timer.communication_end()
+
     def finish_cycle(self) -> list[list[Window]]:
         """This cycle."""
         return [self._timer.finish_cycle()]
 
 
-_Mark = tuple[Phase, int, torch.cuda.Event]
+_Mark = tuple[Callable[[WindowTimer], None], torch.cuda.Event]
 
 
 class CudaClock:
-    """Windows by events on the device's stream, looked at when the device has passed them."""
+    """Windows by events on the device's streams, looked at when the device has passed them.
+
+    A communication begins where the current stream stands when it is issued, and ends where the
+    stream stands that is current when its end is told: that of a callback of the collective's
+    future waits for the collective.
+    """
 
     def __init__(self) -> None:
-        self._marks: list[_Mark] = []
+        self._marks: deque[_Mark] = deque(maxlen=MAX_MARKS)
         self._pending: list[tuple[list[_Mark], torch.cuda.Event]] = []
 
     def open(self, phase: Phase, index: int) -> None:
         """A window begins, for the device, where the current stream stands."""
-        self._marks.append((phase, index, _event_now()))
+        self._marks.append((lambda timer: timer.open(phase, index), _event_now()))
+
+    def communication_begin(self) -> None:
+        """The link is busy from where the current stream stands."""
+        self._marks.append((WindowTimer.communication_begin, _event_now()))
+
+    def communication_end(self) -> None:
+        """One communication has ended where the current stream stands."""
+        self._marks.append((WindowTimer.communication_end, _event_now()))
 
     def finish_cycle(self) -> list[list[Window]]:
         """Earlier cycles that the device has finished; never waits for it."""
         if self._marks:
-            self._pending.append((self._marks, _event_now()))
-            self._marks = []
+            self._pending.append((list(self._marks), _event_now()))
+            self._marks.clear()
         done: list[list[Window]] = []
-        while self._pending and self._pending[0][1].query():
+        while self._pending and _passed(*self._pending[0]):
             done.append(_resolve(*self._pending.pop(0)))
         return done
 
@@ -159,18 +201,29 @@ def _event_now() -> torch.cuda.Event:
     return event
 
 
-def _resolve(marks: list[_Mark], end: torch.cuda.Event) -> list[Window]:
-    """The windows between events, by a timer that is shown the device's times."""
-    first = marks[0][2]
-    times_s = (first.elapsed_time(event) / 1000 for event in [*(m[2] for m in marks), end])
+def _passed(marks: Sequence[_Mark], end: torch.cuda.Event) -> bool:
+    return end.query() and all(event.query() for _, event in marks)
+
+
+def _resolve(marks: Sequence[_Mark], end: torch.cuda.Event) -> list[Window]:
+    """The windows between events, by a timer that is shown the device's times in their order."""
+    first = marks[0][1]
+    end_s = first.elapsed_time(end) / 1000
+    timed = sorted(
+        ((first.elapsed_time(event) / 1000, tell) for tell, event in marks), key=lambda m: m[0]
+    )
+    timed = [(time_s, tell) for time_s, tell in timed if time_s <= end_s]
+    times_s = iter([*(time_s for time_s, _ in timed), end_s])
     timer = WindowTimer(clock=times_s.__next__)
-    for phase, index, _ in marks:
-        timer.open(phase, index)
+    for _, tell in timed:
+        tell(timer)
     return timer.finish_cycle()
 
 
 class Cycle:
     """The windows between an update and the barrier of the next, numbered as they open.
+
+    Windows open on the training thread; collectives begin and end on any.
 
     Attributes:
         expected: the windows to plan with while the profile warms up: those of the last cycle,
@@ -184,7 +237,12 @@ class Cycle:
         self._opened: list[Window] = []
         self._count = Counter[Phase]()
         self._listening = True
-        self._since: tuple[str, int, float] | None = None
+        self._lock = threading.Lock()  # guards what follows
+        self._under_way = 0  # collectives
+        self._capture: Capture | None = None
+        self._step = 0
+        self._window: str | None = None  # the label of the one that is open
+        self._idle_since_s = 0.0
 
     def expect(self, blocks: int) -> None:
         """Expect a forward and a backward window of every block."""
@@ -194,29 +252,70 @@ class Cycle:
         """An update is done."""
         self._listening = True
 
+    def follow(self, capture: Capture | None) -> None:
+        """Have a capture copy in windows, and pause while collectives are under way.
+
+        None: it is finished.
+        """
+        with self._lock:
+            self._capture = capture
+
     def open(self, phase: Phase, step: int) -> int | None:
         """A window opens, ending the one before; its position, or None if it does not count."""
         if not self._listening or len(self._opened) >= MAX_WINDOWS:
             return None
         window = Window(phase, self._count[phase], 0.0)
         self._clock.open(phase, window.index)
-        self._trace(f"{phase} {window.index}", step)
         self._count[phase] += 1
-        self._opened.append(window)
-        return len(self._opened) - 1
+        with self._lock:
+            self._pause()
+            self._opened.append(window)
+            self._step = step
+            self._window = f"{phase} {window.index}"
+            self._go_on()
+            return len(self._opened) - 1
+
+    def communication(self, collective: Collective) -> Callable[[], None]:
+        """A collective begins; call the result when it has ended. For `observe_collectives`."""
+        self._clock.communication_begin()
+        with self._lock:
+            self._pause()
+            self._under_way += 1
+            return partial(self._communication_end, collective, self._step, time.monotonic())
+
+    def _communication_end(self, collective: Collective, step: int, begin_s: float) -> None:
+        self._clock.communication_end()
+        name, nbytes = collective
+        self._checkpointer.trace.add("communication", name, step, begin_s, nbytes)
+        with self._lock:
+            self._under_way -= 1
+            self._go_on()
+
+    def _pause(self) -> None:
+        """The link is not idle, or not for the window that is open, from here on."""
+        if self._window is None or self._under_way:
+            return
+        self._checkpointer.trace.add("window", self._window, self._step, self._idle_since_s)
+        if self._capture is not None:
+            self._capture.leave_window()
+
+    def _go_on(self) -> None:
+        """The link is idle if nothing is under way."""
+        if self._window is None or self._under_way:
+            return
+        self._idle_since_s = time.monotonic()
+        if self._capture is not None:
+            self._capture.enter_window(len(self._opened) - 1)
 
     def end(self) -> None:
         """An update is about to begin, or everything is captured: learn from the cycle."""
         if not self._listening:
             return
         self._listening = False
-        self._trace(None, 0)
-        self.expected, self._opened = self._opened or self.expected, []
+        with self._lock:
+            self._pause()
+            self._window, self._capture = None, None
+            self.expected, self._opened = self._opened or self.expected, []
         self._count.clear()
         for windows in self._clock.finish_cycle():
             self._checkpointer.profile.observe(windows)
-
-    def _trace(self, label: str | None, step: int) -> None:
-        if self._since is not None:
-            self._checkpointer.trace.add("window", *self._since)
-        self._since = None if label is None else (label, step, time.monotonic())

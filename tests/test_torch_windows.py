@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,8 +23,19 @@ from torch_runs import (  # noqa: E402
 )
 
 import asymcheck_torch  # noqa: E402
+from asymcheck.inspection.timeline import window_nbytes  # noqa: E402
 from asymcheck.partition import Phase  # noqa: E402
-from asymcheck_torch.windows import MAX_BLOCKS, CudaClock, find_blocks, hook_windows  # noqa: E402
+from asymcheck.trace import Trace  # noqa: E402
+from asymcheck_torch import windows  # noqa: E402
+from asymcheck_torch.collectives import Collective  # noqa: E402
+from asymcheck_torch.windows import (  # noqa: E402
+    MAX_BLOCKS,
+    CudaClock,
+    Cycle,
+    HostClock,
+    find_blocks,
+    hook_windows,
+)
 
 F, B = Phase.FORWARD, Phase.BACKWARD
 
@@ -304,6 +318,179 @@ def test_compiled_models(whole):
     assert_resumes(build, f"memory://compiled-{whole}", stop=3, total=5)
     saved = asymcheck_torch.load(f"memory://compiled-{whole}", 3)
     assert set(saved["buffers"]) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+# -- communication -------------------------------------------------------------------------
+
+GATHER = Collective("all_gather_into_tensor", 64)
+
+
+class FollowedCapture:
+    """Notes when a capture may copy and when it must pause."""
+
+    def __init__(self):
+        self.calls = []
+
+    def enter_window(self, ordinal):
+        self.calls.append(ordinal)
+
+    def leave_window(self):
+        self.calls.append("pause")
+
+
+@pytest.fixture
+def cycle():
+    observed = []
+    checkpointer = SimpleNamespace(
+        trace=Trace(), profile=SimpleNamespace(observe=observed.append), observed=observed
+    )
+    found = Cycle(HostClock(), checkpointer)
+    found.checkpointer = checkpointer
+    found.capture = FollowedCapture()
+    found.follow(found.capture)
+    return found
+
+
+def tracks(cycle):
+    return [(e.track, e.label) for e in cycle.checkpointer.trace.events()]
+
+
+def test_collectives_interrupt_a_window(cycle):
+    assert cycle.open(F, 7) == 0
+    end = cycle.communication(GATHER)
+    end()
+    assert cycle.open(B, 7) == 1
+    cycle.end()
+    assert cycle.capture.calls == [0, "pause", 0, "pause", 1, "pause"]
+    events = cycle.checkpointer.trace.events()
+    assert [(e.track, e.label) for e in events] == [
+        ("window", "forward 0"),
+        ("communication", "all_gather_into_tensor"),
+        ("window", "forward 0"),
+        ("window", "backward 0"),
+    ]
+    for one, other in itertools.pairwise(events):
+        assert one.end_s <= other.begin_s
+    assert {e.step for e in events} == {7}
+    assert events[1].nbytes == 64
+    (shape,) = cycle.checkpointer.observed
+    assert [(w.phase, w.index) for w in shape] == [(F, 0), (B, 0)]
+
+
+def test_a_window_goes_on_when_the_last_of_several_collectives_has_ended(cycle):
+    cycle.open(F, 1)
+    ends = [cycle.communication(GATHER) for _ in range(3)]
+    for end in ends[:2]:
+        end()
+    assert cycle.capture.calls == [0, "pause"]
+    ends[2]()
+    assert cycle.capture.calls == [0, "pause", 0]
+
+
+def test_a_window_that_opens_during_a_collective_begins_after_it(cycle):
+    end = cycle.communication(GATHER)
+    cycle.open(F, 1)
+    assert cycle.capture.calls == []
+    end()
+    assert cycle.capture.calls == [0]
+    cycle.end()
+    assert tracks(cycle) == [("communication", GATHER.name), ("window", "forward 0")]
+
+
+def test_collectives_outside_of_windows_are_only_traced(cycle):
+    cycle.open(F, 1)
+    late = cycle.communication(GATHER)
+    cycle.end()
+    late()
+    cycle.communication(GATHER)()
+    assert cycle.open(B, 1) is None
+    assert cycle.capture.calls == [0, "pause"]
+    cycle.begin()
+    cycle.open(F, 2)
+    cycle.end()
+    assert [[w.idle_s >= 0 for w in shape] for shape in cycle.checkpointer.observed] == [[True]] * 2
+    assert [label for track, label in tracks(cycle) if track == "window"] == ["forward 0"] * 2
+
+
+def test_collectives_of_many_threads_balance(cycle):
+    cycle.open(F, 1)
+
+    def communicate():
+        for _ in range(200):
+            cycle.communication(GATHER)()
+
+    threads = [threading.Thread(target=communicate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    calls = cycle.capture.calls
+    assert calls[0] == calls[-1] == 0
+    assert all(one != other for one, other in itertools.pairwise(calls))
+    assert tracks(cycle).count(("communication", GATHER.name)) == 800
+    cycle.end()
+    events = cycle.checkpointer.trace.events()
+    busy = [e._replace(track="copy", nbytes=8) for e in events if e.track == "communication"]
+    assert window_nbytes([*events, *busy])[0] == 0
+
+
+class Moment:
+    """An event on a device that has passed everything."""
+
+    def __init__(self, time_s):
+        self.time_s = time_s
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, later):
+        return (later.time_s - self.time_s) * 1000
+
+
+def test_a_device_is_timed_in_its_own_order(monkeypatch):
+    """The host issues everything at once; streams go on beside each other."""
+    clock = CudaClock()
+
+    def at(time_s, tell, *arguments):
+        monkeypatch.setattr(windows, "_event_now", lambda: Moment(time_s))
+        return tell(*arguments)
+
+    at(10.0, clock.open, F, 0)
+    at(11.0, clock.communication_begin)
+    at(13.0, clock.communication_end)
+    at(12.0, clock.open, F, 1)
+    at(14.0, clock.communication_begin)
+    at(99.0, clock.communication_end)
+    ((first, second),) = at(15.0, clock.finish_cycle)
+    assert (first.idle_s, second.idle_s) == pytest.approx((1.0, 1.0))
+    assert clock.finish_cycle() == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_communication_by_device_events():
+    clock = CudaClock()
+    x = torch.randn(2000, 2000, device="cuda")
+
+    def work(times):
+        for _ in range(times):
+            x @ x
+
+    def measured():
+        done = clock.finish_cycle()
+        torch.cuda.synchronize()
+        ((window,),) = done + clock.finish_cycle()
+        return window.idle_s
+
+    work(5)
+    clock.open(F, 0)
+    work(5)
+    clock.communication_begin()
+    work(50)
+    clock.communication_end()
+    interrupted_s = measured()
+    clock.open(F, 0)
+    work(55)
+    assert 0 < interrupted_s < measured() / 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

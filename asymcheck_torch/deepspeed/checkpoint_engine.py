@@ -58,7 +58,7 @@ def use(
         StoreError: the URL names no store.
     """
     checkpointer = attach(
-        engine, url=url, every_steps=sys.maxsize, **{"max_to_keep": None} | options
+        engine, url=url, every_steps=sys.maxsize, max_to_keep=max_to_keep, **options
     )
     link = _Link(engine, checkpointer, os.fspath(url))
     engine.checkpoint_engine = _AsymCheckpointEngine(link)

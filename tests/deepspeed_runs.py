@@ -1,7 +1,8 @@
-"""What the processes of the DeepSpeed tests run; started by `start`, so it stands in its own module."""
+"""What the processes of the DeepSpeed tests run, started by `start`; so it is a module."""
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -16,24 +17,23 @@ import torch.distributed as dist
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import deepspeed  # noqa: E402
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+import deepspeed
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
 )
-from sharded_net import (  # noqa: E402
+from sharded_net import (
     WIDTH,
-    Net,
     loss_of,
     parameters_of,
     random_tokens,
     seed_and_build,
 )
-from torch import nn  # noqa: E402
+from torch import nn
 
-import asymcheck_torch  # noqa: E402
-from asymcheck.errors import AsymCheckError  # noqa: E402
+import asymcheck_torch
+from asymcheck.errors import AsymCheckError
 
 STOP, TOTAL = 3, 5
 
@@ -91,12 +91,12 @@ def optimizer_of(setting: Setting, parameters: Any) -> torch.optim.Optimizer | N
     return None
 
 
-def build(setting: Setting) -> Any:
+def build(setting: Setting, seed: int = 7) -> Any:
     """An engine; parameters are the same on every rank."""
     config = setting.config()
     sharded = deepspeed.zero.Init(config_dict_or_path=config) if setting.zero_init else None
     with sharded or nullcontext():
-        model = seed_and_build(setting.width)
+        model = seed_and_build(setting.width, seed)
     parameters = parameters_of(model, setting.groups)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -113,9 +113,9 @@ def _schedule(optimizer: torch.optim.Optimizer) -> Any:
 
 
 @contextmanager
-def engine_of(setting: Setting) -> Iterator[Any]:
+def engine_of(setting: Setting, seed: int = 7) -> Iterator[Any]:
     """An engine that is gone afterwards, so that a process can have several."""
-    engine = build(setting)
+    engine = build(setting, seed)
     try:
         yield engine
     finally:
@@ -123,14 +123,18 @@ def engine_of(setting: Setting) -> Iterator[Any]:
 
 
 def train(engine: Any, steps: int, spoil: float = 1.0) -> list[float]:
-    """So many updates on this rank's random data; the losses, each times `spoil`."""
+    """So many updates on this rank's random data, an evaluation before each; all losses."""
     losses: list[float] = []
-    engine.train()
-    for _ in range(steps * engine.gradient_accumulation_steps()):
-        loss = loss_of(engine, random_tokens()) * spoil
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
+    for _ in range(steps):
+        engine.eval()
+        with torch.no_grad():
+            losses.append(loss_of(engine, random_tokens()).item())
+        engine.train()
+        for _ in range(engine.gradient_accumulation_steps()):
+            loss = loss_of(engine, random_tokens()) * spoil
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
     return losses
 
 
@@ -240,12 +244,15 @@ def of_all(rank: int, world: int, worker: Callable[..., Any], runs: Mapping[Any,
     return {name: worker(rank, *arguments) for name, arguments in runs.items()}
 
 
-def save_and_go_on(rank: int, url: str, setting: Setting) -> Any:
+def save_and_go_on(rank: int, url: str, setting: Setting, overflow: bool = False) -> Any:
     """Train with checkpoints to STOP, then without to TOTAL; state at both, and the losses."""
     with engine_of(setting) as engine:
         torch.manual_seed(100 + rank)
         with asymcheck_torch.attach(engine, url=url, max_to_keep=None) as ckpt:
-            train(engine, STOP)
+            train(engine, 1)
+            if overflow:
+                train(engine, 1, spoil=math.inf)
+            train(engine, STOP - 1)
             assert ckpt.step == STOP
         at_stop = snapshot(engine)
         losses = train(engine, TOTAL - STOP)
@@ -254,7 +261,7 @@ def save_and_go_on(rank: int, url: str, setting: Setting) -> Any:
 
 def resume(rank: int, url: str, setting: Setting, warm: int = 0) -> Any:
     """Restore, after `warm` updates on other data, and train to TOTAL."""
-    with engine_of(setting) as engine:
+    with engine_of(setting, seed=8) as engine:
         torch.manual_seed(200 + rank)
         train(engine, warm)
         with asymcheck_torch.attach(engine, url=url, every_steps=1000) as ckpt:
@@ -267,7 +274,7 @@ def resume(rank: int, url: str, setting: Setting, warm: int = 0) -> Any:
 
 def resume_unseen(rank: int, url: str, setting: Setting, warm: int) -> Any:
     """As `resume`, but nothing gathers the parameters between restoring and training."""
-    with engine_of(setting) as engine:
+    with engine_of(setting, seed=8) as engine:
         torch.manual_seed(200 + rank)
         train(engine, warm)
         with asymcheck_torch.attach(engine, url=url, every_steps=1000) as ckpt:
@@ -278,12 +285,12 @@ def resume_unseen(rank: int, url: str, setting: Setting, warm: int) -> Any:
 
 def restore_and_save_again(rank: int, url: str, setting: Setting) -> Any:
     """Restore into a run that goes on with checkpoints, and restore its last one elsewhere."""
-    with engine_of(setting) as engine:
+    with engine_of(setting, seed=8) as engine:
         with asymcheck_torch.attach(engine, url=url, max_to_keep=None) as ckpt:
             ckpt.restore()
             train(engine, TOTAL - STOP)
         expected = snapshot(engine)
-    with engine_of(setting) as engine:
+    with engine_of(setting, seed=8) as engine:
         with asymcheck_torch.attach(engine, url=url, every_steps=1000) as ckpt:
             assert ckpt.restore() == TOTAL
         return expected, snapshot(engine)
@@ -291,7 +298,7 @@ def restore_and_save_again(rank: int, url: str, setting: Setting) -> Any:
 
 def restore_what_does_not_fit(rank: int, url: str, setting: Setting) -> Any:
     """The error, and the state before and after it."""
-    with engine_of(setting) as engine:
+    with engine_of(setting, seed=8) as engine:
         torch.manual_seed(300 + rank)
         train(engine, 1)
         before, generator = snapshot(engine), torch.get_rng_state()

@@ -249,7 +249,10 @@ class Partitioned:
         optimizer = self._masters.optimizer
         for number, flat in enumerate(self._masters.flats):
             state: dict[str, Any] = optimizer.state[flat]
-            for key, value in states.get(number, {}).items():
+            found = states.get(number, {})
+            for key in state.keys() - found.keys():
+                del state[key]
+            for key, value in found.items():
                 is_number = not isinstance(value, torch.Tensor)
                 state[key] = _number(optimizer, state.get(key), value) if is_number else value
 

@@ -94,15 +94,26 @@ def _unknown_features(engine: Any) -> Iterator[tuple[str, bool]]:
     yield "pipeline engine", isinstance(engine, PipelineEngine)
     yield "mixture of experts", bool(engine.has_moe_layers)
     yield "model parallelism", engine.mp_world_size > 1
-    yield "offloading to NVMe", bool(getattr(zero, "swap_optimizer", False))
+    yield "offloading to NVMe", _any(zero, "swap_optimizer", "params_in_nvme_and_cpu")
     yield "offloading of a part of the state", getattr(zero, "partial_offload", 1.0) != 1.0
-    yield "ZenFlow", bool(getattr(zero, "zenflow", False))
-    yield "Muon", bool(getattr(zero, "use_muon", False) or getattr(zero, "_uses_muon", False))
+    yield "ZenFlow", _any(zero, "zenflow")
+    yield "Muon", "muon" in type(engine.basic_optimizer).__name__.lower()
+    yield "1-bit optimizer", ".onebit." in type(engine.basic_optimizer).__module__
+    yield "quantized weights", any(map(_is_quantized, engine.module.parameters()))
     yield "secondary partitions (hpZ)", getattr(zero, "zero_hpz_partition_size", 1) > 1
-    yield (
-        "gradient scaler of torch's autocast",
-        (getattr(zero, "torch_autocast_gradscaler", None) is not None),
-    )
+    for name, holder in (
+        ("torch_autocast_gradscaler", zero),
+        ("torch_autocast_z0_gradscaler", engine),
+    ):
+        yield "gradient scaler of torch's autocast", _any(holder, name)
+
+
+def _any(zero: Any, *names: str) -> bool:
+    return any(getattr(zero, name, None) for name in names)
+
+
+def _is_quantized(parameter: Any) -> bool:
+    return hasattr(getattr(parameter, "ds_tensor", None), "ds_quant_scale")
 
 
 def masters_of(zero: Any) -> Masters | None:
@@ -113,9 +124,9 @@ def masters_of(zero: Any) -> Masters | None:
     """
     if isinstance(zero, Optimizer):
         return None
-    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+    if type(zero) is DeepSpeedZeroOptimizer_Stage3:  # others keep state elsewhere
         return _stage_3(zero)
-    if isinstance(zero, DeepSpeedZeroOptimizer):
+    if type(zero) is DeepSpeedZeroOptimizer:
         flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
         return _flattened(zero, flats, groups)
     if isinstance(zero, BF16_Optimizer):
@@ -136,6 +147,7 @@ def _stage_3(zero: Any) -> Masters:
             places[id(parameter)] = Place(flat, offset, start, count)
 
     def refresh() -> None:
+        zero.checkpoint_event_prologue()  # else parameters that are gathered now keep old values
         for number in range(len(zero.fp32_partitioned_groups_flat)):
             zero._reassign_or_swap_out_partitioned_parameters(number)
         zero.checkpoint_event_epilogue()
@@ -164,7 +176,9 @@ def _flattened(zero: Any, flats: list[torch.Tensor], groups: list[list[Any]]) ->
                 places[id(parameter)] = Place(number, master.start, of.start, of.numel)
 
     def refresh() -> None:
-        zero._lazy_init_hp_params_optimizer_state()  # else done after the first step
+        if all(zero.optimizer.state.get(flat) for flat in flats):
+            zero._hp_optimizer_states_linked = False  # so far with tensors that may be gone
+            zero._lazy_init_hp_params_optimizer_state()  # else done after the first step
         zero.update_lp_params()
 
     numbers = list(range(len(flats)))

@@ -1,0 +1,103 @@
+"""A rank that trains with ZeRO-3 and a checkpoint at every step, and may kill itself.
+
+    python deepspeed_killed.py DIRECTORY STEPS VICTIM POINT NUMBER    (ranks by environment)
+
+Restores first. Rank 0 prints `restored STEP DIGEST` and `step STEP DIGEST`. Rank VICTIM dies at
+POINT, one of `before pack`, `after pack`, `before manifest`, `after manifest`, `before commit`,
+`after commit`, when it comes there for the NUMBER-th time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed_runs import Setting, build, snapshot
+
+import asymcheck_torch
+from asymcheck.stores import LocalStore
+
+
+def kind_of(key: str) -> str:
+    if key.startswith("commits/"):
+        return "commit"
+    return "pack" if key.endswith(".pack") else "manifest"
+
+
+def die_at(point: str, number: int) -> None:
+    """Kill this process before or after it writes the `number`-th object of a kind."""
+    moment, kind = point.split()
+    seen = [0]
+
+    def wrapped(write: Callable[..., Any]) -> Callable[..., Any]:
+        def put(self: LocalStore, key: str, data: memoryview) -> Any:
+            counts = key.startswith(("data/", "commits/")) and kind_of(key) == kind
+            seen[0] += counts
+            last = counts and seen[0] == number
+            if last and moment == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = write(self, key, data)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return put
+
+    LocalStore.put = wrapped(LocalStore.put)  # type: ignore[method-assign]
+    LocalStore.put_if_absent = wrapped(LocalStore.put_if_absent)  # type: ignore[method-assign]
+
+
+def digest(engine: Any) -> str:
+    """Over everything that is trained; the same on all ranks."""
+    sha = hashlib.sha256()
+    for name, value in sorted(snapshot(engine).items()):
+        if isinstance(value, torch.Tensor) and name != "seen":
+            sha.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def train_step(engine: Any, step: int) -> None:
+    """Data come from the number of the step, dropout from the generators that are restored."""
+    data = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    tokens = torch.randint(29, (4, 5), generator=data)
+    logits = engine(tokens)
+    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 29), tokens.reshape(-1))
+    engine.backward(loss)
+    engine.step()
+
+
+def say(*words: object) -> None:
+    if dist.get_rank() == 0:
+        print(*words, flush=True)
+
+
+def main(directory: str, steps: int, victim: int, point: str, number: int) -> None:
+    torch.set_num_threads(1)
+    os.environ["TORCH_EXTENSIONS_DIR"] = f"{directory}/built"
+    # Without it DeepSpeed compiles an extension for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    engine = build(Setting(stage=3))
+    torch.manual_seed(100 + dist.get_rank())
+    url = f"{directory}/run"
+    with asymcheck_torch.attach(engine, url=url, commit_timeout_s=6.0) as checkpointer:
+        first = checkpointer.restore()
+        say("restored", first, digest(engine) if first else "nothing")
+        if dist.get_rank() == victim:
+            die_at(point, number)
+        for step in range(first + 1, first + steps + 1):
+            train_step(engine, step)
+            say("step", step, digest(engine))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))

@@ -1,0 +1,101 @@
+"""One rank of a ZeRO-3 run is killed at any point of a save: nothing torn is ever restored."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("deepspeed", reason="DS_BUILD_OPS=0 pip install deepspeed==0.19.8")
+
+import asymcheck
+from asymcheck.commit import committed_steps
+from asymcheck.stores import LocalStore
+
+WORKER = Path(__file__).with_name("deepspeed_killed.py")
+NOBODY = -1
+STEPS = 3
+SURVIVOR_ENDS_S = 120
+
+
+def live(directory: Path, victim: int, point: str, number: int) -> tuple[list[int], list[str]]:
+    """Two ranks, one of which may die; their exit codes, and what rank 0 has said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, WORKER, directory, STEPS, victim, point, number]
+    processes = [
+        subprocess.Popen(
+            [str(word) for word in command],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if rank else None,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=SURVIVOR_ENDS_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said[0].splitlines()
+
+
+def live_and_check(
+    directory: Path, digests: dict[int, str], victim: int, point: str, number: int
+) -> bool:
+    """One life; whether the victim died. Every step that was ever seen must be as it was."""
+    root = directory / "run"
+    before = committed_steps(LocalStore(root)) if root.exists() else []
+    codes, lines = live(directory, victim, point, number)
+    for line in lines:
+        words = line.split()
+        if words[:1] in (["restored"], ["step"]):
+            step, digest = int(words[1]), words[2]
+            assert digests.setdefault(step, digest) == digest, f"{line}: another state"
+            if words[0] == "restored":
+                assert step == max(before, default=0), line
+    died = victim != NOBODY and codes[victim] == -signal.SIGKILL
+    if died:
+        assert codes[1 - victim] not in (0, None), "the survivor did not notice"
+    else:
+        assert codes == [0, 0], lines
+    for step in committed_steps(LocalStore(root)):
+        with asymcheck.open_checkpoint(root, step=step) as checkpoint:
+            checkpoint.verify()
+    return died
+
+
+@pytest.mark.timeout(600)
+def test_a_rank_is_killed_at_points_of_the_protocol(tmp_path: Path) -> None:
+    digests: dict[int, str] = {}
+    kills = [(1, "before pack", 2), (0, "after manifest", 2), (1, "after manifest", 1)]
+    kills += [(0, "before commit", 2), (0, "after commit", 1)]
+    for victim, point, number in kills:
+        assert live_and_check(tmp_path, digests, victim, point, number), (victim, point)
+    assert not live_and_check(tmp_path, digests, NOBODY, "before pack", 1)
+    assert max(committed_steps(LocalStore(tmp_path / "run"))) >= STEPS
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_many_random_kills(tmp_path: Path) -> None:
+    chance = random.Random(20261124)
+    digests: dict[int, str] = {}
+    died = 0
+    for _ in range(30):
+        victim = chance.randrange(2)
+        kinds = ("pack", "manifest", "commit") if victim == 0 else ("pack", "manifest")
+        point = f"{chance.choice(('before', 'after'))} {chance.choice(kinds)}"
+        died += live_and_check(tmp_path, digests, victim, point, chance.randrange(1, 4))
+    assert died >= 20
+    assert not live_and_check(tmp_path, digests, NOBODY, "before pack", 1)

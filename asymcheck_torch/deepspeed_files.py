@@ -217,7 +217,8 @@ def _unpartitioned(model: Archive) -> tuple[Optimized, list[dict[str, Any]], Any
         return found, [], None
     base = saved.get("optimizer_state_dict", saved)
     groups = base["param_groups"]
-    if "fp32_groups_flat" in saved or any("param_names" not in group for group in groups):
+    is_named = all(len(g.get("param_names", ())) == len(g["params"]) for g in groups)
+    if "fp32_groups_flat" in saved or not is_named:
         raise SourceError(
             "the optimizer state of stage 0 does not say which parameters it belongs to",
             object=str(model.path),

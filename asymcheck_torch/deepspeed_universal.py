@@ -71,7 +71,8 @@ class _Run:
     Attributes:
         trained: {parameter name: {"fp32" or the optimizer's key: leaf path}}.
         steps: {parameter name: completed updates}, for those of which the optimizer counts them.
-        frozen, buffers: {name: leaf path}.
+        frozen: {name: leaf path} of parameters for which the optimizer keeps nothing.
+        buffers: {name: leaf path}.
         groups: the parameter groups, options and names.
         engine: what a DeepSpeed engine has of its own; empty if another kind of run was saved.
         world_size: the number of ranks that saved it.
@@ -95,7 +96,7 @@ class _Run:
         values = rebuild(checkpoint, plain, numpy_leaves_of(checkpoint.structure))
         groups = _groups(values["optimizers"])
         trained, steps = _trained(checkpoint, top, groups)
-        owned = {paths[_MASTERS] for paths in trained.values()}
+        owned = {paths[_MASTERS] for paths in trained.values() if len(paths) > 1}
         params = _paths(top["params"])
         return cls(
             trained,
@@ -162,10 +163,11 @@ def _trained(
     values = read_arrays(checkpoint, set(counted.values()))
     steps = {name: float(values[path]) for name, path in counted.items()}
     for group in groups:
-        if len({steps.get(name) for name in group["params"]}) > 1:
+        counts = {steps[name] for name in group["params"] if name in steps}
+        if len(counts) > 1:
             raise UnsupportedStateError(
                 "DeepSpeed counts the updates of a group, not of each parameter",
-                found=str(sorted({steps.get(name, 0.0) for name in group["params"]}))[:80],
+                found=str(sorted(counts))[:80],
             )
     return trained, steps
 
@@ -241,11 +243,10 @@ class _Writer:
         Without it stage 3 refuses to load: where groups differ in the number of updates, or in
         the learning rate, which schedules move on from what it is.
         """
-        first, steps = self.run.groups[0]["params"][0], set(self.run.steps.values())
         shared = {k: v for k, v in options[0].items() if all(_same(o.get(k), v) for o in options)}
-        if len(steps) != 1 or "lr" not in shared:
+        if len(set(self.run.steps.values())) != 1 or "lr" not in shared:
             return None
-        state = {0: {"step": self._step(first)}}
+        state = {0: {"step": self._step(next(iter(self.run.steps)))}}
         return {"state": state, "param_groups": [shared | {"params": []}]}
 
     def _loss_scaler(self) -> Any:

@@ -1,7 +1,7 @@
-"""One rank of a DeepSpeed run: trains a small model and saves, or loads, with DeepSpeed's own calls.
+"""One rank of DeepSpeed runs, which save or load with DeepSpeed's own calls; and their model.
 
-Called as `deepspeed_writer.py JSON` with the variables of torchrun in the environment. What the
-engine holds in the end is written by rank 0 to `state`, as DeepSpeed itself gives it: the oracle.
+Called as `deepspeed_writer.py JOBS` (a list in JSON) with torchrun's variables in the environment.
+What an engine holds in the end is written by rank 0 to `state`, as DeepSpeed itself gives it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: E402
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+import asymcheck_torch
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -101,19 +103,20 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach().clone()
 
 
-def held(engine: Any) -> dict[str, Any]:
+def held(engine: Any, moments: list[str]) -> dict[str, Any]:
     """What the engine holds, gathered by DeepSpeed."""
     if engine.zero_optimization_stage() in (1, 2):  # 0.19.8 links the first group only
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    found: dict[str, Any] = {"params": {}, "lp": {}, "buffers": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    kinds = ("params", "lp", *moments)
+    found: dict[str, Any] = {kind: {} for kind in kinds}
     for name, parameter in engine.module.named_parameters():
         found["lp"][name] = whole(parameter)
         trained = parameter.requires_grad and engine.zero_optimization_stage() > 0
         found["params"][name] = (
             safe_get_full_fp32_param(parameter) if trained else found["lp"][name]
         )
-        for key in ("exp_avg", "exp_avg_sq") if trained else ():
+        for key in moments if trained else ():
             found[key][name] = safe_get_full_optimizer_state(parameter, key)
     buffers = dict(engine.module.named_buffers())
     found["buffers"] = {name: buffer.detach().clone() for name, buffer in buffers.items()}
@@ -127,21 +130,56 @@ def held(engine: Any) -> dict[str, Any]:
     return found
 
 
-def main(job: dict[str, Any]) -> None:
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+def run(job: dict[str, Any]) -> None:
+    """Load if told to, train, save by either way, and note what the engine holds."""
     engine = engine_of(job)
+    client_state: dict[str, Any] | None = {}
     if "universal" in job:
-        path, _ = engine.load_checkpoint(job["universal"])
+        path, client_state = engine.load_checkpoint(job["universal"])
         assert path is not None
-    train(engine, job.get("steps", 0))
+        if job.get("own_steps"):
+            give_own_steps(engine)
+    if "attach" in job:
+        with asymcheck_torch.attach(engine, url=job["attach"]) as checkpointer:
+            train(engine, job["steps"])
+            checkpointer.wait()
+    else:
+        train(engine, job.get("steps", 0))
     if "save" in job:
-        engine.save_checkpoint(
-            job["save"], client_state=job.get("client_state", {}), **job.get("saving", {})
-        )
-    state = held(engine)
-    if engine.global_rank == 0 and "state" in job:
+        client = client_state_of(job, engine.global_rank)
+        engine.save_checkpoint(job["save"], client_state=client, **job.get("saving", {}))
+    moments = job.get("moments", ["exp_avg", "exp_avg_sq"])
+    state = held(engine, moments) | {"client_state": client_state}
+    if engine.global_rank == 0:
         torch.save(state, job["state"])
-    torch.distributed.destroy_process_group()
+    engine.destroy()
+
+
+def client_state_of(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    state = {"epoch": 3, "seen": torch.arange(4.0), "nested": {"a": (1, None, "b")}}
+    return state | ({"rank": rank} if job.get("client_by_rank") else {})
+
+
+def give_own_steps(engine: Any) -> None:
+    """Stage 3 of 0.19.8 gives all groups one tensor, which then each of them counts on."""
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"] = state["step"].clone()
+
+
+def main(jobs: list[dict[str, Any]]) -> None:
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    for job in jobs:
+        try:
+            run(job)
+        except Exception as error:
+            if "fails" not in job:
+                raise
+            if torch.distributed.get_rank() == 0:
+                torch.save({"error": repr(error)}, job["state"])
+        torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may abort while it is torn down
 
 
 if __name__ == "__main__":

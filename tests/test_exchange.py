@@ -584,11 +584,11 @@ def test_tensors_that_cannot_be_stored_are_named(call: Call, tmp_path: Path) -> 
     [
         (["import", "SOURCE", "RUN"], "needs --from"),
         (["import", "SOURCE", "--from=torch"], "usage: asymcheck import SOURCE URL"),
-        (["import", "SOURCE", "RUN", "--from=pickle"], "orbax|torch|torch-dcp"),
+        (["import", "SOURCE", "RUN", "--from=pickle"], "deepspeed|orbax|torch|torch-dcp"),
         (["import", "SOURCE", "RUN", "--from=torch", "--step=-1"], "step"),
         (["import", "SOURCE", "RUN", "--from=torch", "--step=10"], "has this step already"),
         (["import", "NOWHERE", "RUN", "--from=torch"], "there is nothing at"),
-        (["export", "RUN", "--to=pickle", "--output=x"], "safetensors|npz|orbax|torch-dcp"),
+        (["export", "RUN", "--to=pickle", "--output=x"], "npz|deepspeed-universal|orbax|torch-dcp"),
     ],
 )
 def test_usage(call: Call, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -634,8 +634,8 @@ def test_the_libraries_log_nothing(tmp_path: Path) -> None:
 
 
 def test_unknown_plugins() -> None:
-    assert plugins.names("exporters") == ["orbax", "torch-dcp"]
-    with pytest.raises(ValueError, match="orbax, torch, torch-dcp"):
+    assert plugins.names("exporters") == ["deepspeed-universal", "orbax", "torch-dcp"]
+    with pytest.raises(ValueError, match="deepspeed, orbax, torch, torch-dcp"):
         plugins.load("importers", "pickle")
 
 

@@ -1,16 +1,16 @@
 """Collectives of torch.distributed, seen as they begin and as they end.
 
 Whoever calls them, from Python or C++ (DeepSpeed, FSDP2, DDP, DTensor, functional collectives),
-they end in operators of the namespace `c10d` with one kernel per kind of device. While anybody
-observes, our kernels stand in place of these and call them: `torch.library.get_kernel` and
-`Library.impl` are made for that. No function of PyTorch or DeepSpeed is replaced, so it does not
-matter who has kept a reference to one, and what an operator returns is what its kernel gave.
+they become operators of the namespace `c10d`, which the dispatcher takes through a sequence of
+keys to the kernel of a device. While anybody observes, kernels of ours (`torch.library`) stand at
+`BackendSelect`, the last key before those of devices, which is in force in every mode and which
+these operators do not use. They pass the call on. So no function and no kernel of PyTorch or
+DeepSpeed is replaced, and what a collective returns is what its backend gave.
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -18,11 +18,10 @@ from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch._C import DispatchKey, DispatchKeySet
 from torch.distributed import ProcessGroup, Work
 
-from asymcheck.errors import AsymCheckError
-
-_DEVICES = ("CPU", "CUDA")
+_AFTER = torch._C._dispatch_keyset_full_after(DispatchKey.BackendSelect)
 _NAMES = {
     "_allgather_base_": "all_gather_into_tensor",
     "_reduce_scatter_base_": "reduce_scatter_tensor",
@@ -69,9 +68,6 @@ class Interception:
     Args:
         around: called on the thread that issues the collective.
         innermost: it stands inside of all others, so that they see what it does.
-
-    Raises:
-        AsymCheckError: this PyTorch cannot override kernels.
     """
 
     def __init__(self, around: Around, *, innermost: bool = False) -> None:
@@ -201,34 +197,27 @@ class _Kernels:
         with self._lock:
             self._arounds = tuple(each for each in self._arounds if each is not around)
             if not self._arounds and self._library is not None:
-                self._library._destroy()  # the kernels before are in force again
+                self._library._destroy()  # takes the kernels away
                 self._library = None
 
     def _register(self) -> torch.library.Library:
-        if not hasattr(torch.library, "get_kernel"):
-            raise AsymCheckError(
-                "this PyTorch cannot override the kernels of collectives",
-                expected="2.9 or later",
-                found=torch.__version__,
-            )
-        library = torch.library.Library("c10d", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-            for name in _NAMES:
-                for device in _DEVICES:
-                    library.impl(name, self._kernel(name, device), device, with_keyset=True)
+        library = torch.library.Library("c10d", "IMPL", "BackendSelect")
+        for name in _NAMES:
+            library.impl(name, self._kernel(name), with_keyset=True)
         return library
 
-    def _kernel(self, name: str, device: str) -> Callable[..., Any]:
-        original = torch.library.get_kernel(f"c10d::{name}", device)
+    def _kernel(self, name: str) -> Callable[..., Any]:
+        operator = getattr(torch.ops.c10d, name).default
 
-        def kernel(keyset: Any, *arguments: Any) -> Any:
+        def kernel(keyset: DispatchKeySet, *arguments: Any) -> Any:
+            # Releases the GIL: threads of backends ask for it while they hold locks of theirs.
+            go_on = partial(operator.redispatch, keyset & _AFTER, *arguments)
             if _group(arguments).size() == 1:  # nothing moves
-                return original.call_boxed(keyset, *arguments)
+                return go_on()
             issued: list[Any] = []
 
             def issue() -> Work:
-                result = original.call_boxed(keyset, *arguments)
+                result = go_on()
                 boxed = result[-1] if isinstance(result, tuple) else result
                 issued[:] = [result, Work.unbox(boxed)]
                 return issued[1]

@@ -196,13 +196,24 @@ def observe_twice(_rank: int) -> tuple[int, int]:
     return len(one.begun), len(two.begun)
 
 
-def end_without_waiting(_rank: int) -> bool:
+def end_without_waiting(_rank: int) -> int:
     """The end of an asynchronous collective is told although nobody waits for it."""
     recorder = Recorder()
     with observe_collectives(recorder):
-        work = dist.all_reduce(torch.ones(4), async_op=True)
-        recorder.await_ends()
-        return work.is_completed()
+        dist.all_reduce(torch.ones(4), async_op=True)
+        return len(recorder.take())
+
+
+def many_in_flight(_rank: int) -> int:
+    """The backend's threads free works and tensors, for which they need the interpreter's lock.
+
+    They hold a lock of their own meanwhile, which whoever issues a collective waits for.
+    """
+    recorder = Recorder()
+    with observe_collectives(recorder):
+        for _ in range(2000):
+            dist.all_gather_into_tensor(torch.empty(200), torch.ones(100), async_op=True)
+        return len(recorder.take())
 
 
 def groups_of_one(rank: int) -> list[tuple[str, int]]:
@@ -351,6 +362,7 @@ def all_of_gloo(rank: int) -> dict[str, Any]:
         "kernels": kernels(rank),
         "twice": observe_twice(rank),
         "unwaited": end_without_waiting(rank),
+        "many": many_in_flight(rank),
         "alone": groups_of_one(rank),
         "refused": refused(rank),
         "slow": slow(rank),

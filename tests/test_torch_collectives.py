@@ -53,7 +53,11 @@ def test_observers_come_and_go(ranks):
 
 
 def test_the_end_is_told_without_anybody_waiting(ranks):
-    assert [found["unwaited"] for found in ranks] == [True, True]
+    assert [found["unwaited"] for found in ranks] == [1, 1]
+
+
+def test_many_collectives_at_once(ranks):
+    assert [found["many"] for found in ranks] == [2000, 2000]
 
 
 def test_in_a_group_of_one_nothing_moves(ranks):

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import asymcheck_torch
 from asymcheck_torch.collectives import Collective, observe_collectives
 from asymcheck_torch.testing import slow_collectives
 
@@ -294,10 +295,12 @@ def _model() -> nn.Module:
     return nn.Sequential(*blocks, nn.Linear(12, 2))
 
 
-def _train(module: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> list[float]:
+def _train(
+    module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: int = 3
+) -> list[float]:
     generator = torch.Generator().manual_seed(10 + rank)
     losses = []
-    for _ in range(3):
+    for _ in range(steps):
         loss = module(torch.randn(4, 12, generator=generator)).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -313,12 +316,30 @@ def _ddp(rank: int) -> list[float]:
 
 
 def _fsdp2(rank: int) -> list[float]:
+    module = _sharded()
+    return _train(module, torch.optim.AdamW(module.parameters(), lr=1e-2), rank)
+
+
+def _sharded() -> nn.Module:
     mesh = init_device_mesh("cpu", (2,))
     module = _model()
     for block in module:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    return _train(module, torch.optim.AdamW(module.parameters(), lr=1e-2), rank)
+    return module
+
+
+def attached(rank: int, url: str) -> list[float]:
+    """Train with a checkpoint at every step over a slow link, and keep the trace."""
+    module = _sharded()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    with (
+        slow_collectives(2e-3),
+        asymcheck_torch.attach(module, optimizer, url=url, keep_trace=True),
+    ):
+        losses = _train(module, optimizer, rank, steps=12)
+    dist.barrier()  # which nothing attached sees
+    return losses
 
 
 def _zero(rank: int, stage: int) -> list[float]:

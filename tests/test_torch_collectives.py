@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -10,6 +12,9 @@ import collective_runs  # noqa: E402
 from torch_ddp import start  # noqa: E402
 from torch_runs import differences  # noqa: E402
 
+from asymcheck.inspection.timeline import summarise_traces  # noqa: E402
+from asymcheck.stores import open_store  # noqa: E402
+from asymcheck.traces import stored_traces  # noqa: E402
 from asymcheck_torch.testing import slow_collectives  # noqa: E402
 
 NBYTES = {  # of the whole tensor: six floats a rank go in
@@ -108,6 +113,32 @@ def test_deepspeed_is_seen_and_not_changed(tmp_path, monkeypatch):
         check(found["zero1"], {"all_gather_into_tensor", "all_reduce"})
         check(found["zero2"], {"all_gather_into_tensor"})
         check(found["zero3"], {"all_gather_into_tensor", "reduce_scatter_tensor"})
+
+
+def test_an_attached_run_keeps_when_collectives_and_windows_were(tmp_path):
+    url = (tmp_path / "run").as_uri()
+    start(collective_runs.attached, tmp_path / "ranks", url)
+    with closing(open_store(url)) as store:
+        traces = stored_traces(store)
+    assert [(trace.writer, trace.writers) for trace in traces] == [(0, 2), (1, 2)]
+    assert len({trace.clock for trace in traces}) == 1
+    for trace in traces:
+        tracks = {event.track for event in trace.events}
+        assert tracks == {"window", "communication", "copy", "stall", "flush", "commit"}
+        labels = {e.label for e in trace.events if e.track == "communication"}
+        assert labels >= {"all_gather_into_tensor", "reduce_scatter_tensor"}
+        windows, collectives = (
+            [e for e in trace.events if e.track == track] for track in ("window", "communication")
+        )
+        assert len(windows) > 12 * 8  # interrupted ones are several
+        assert not [(w, c) for w in windows for c in collectives if overlap(w, c)]
+    summary = summarise_traces(traces)
+    assert summary.captured_nbytes > 0
+    assert summary.last_step == 12
+
+
+def overlap(one, other):
+    return one.begin_s < other.end_s and other.begin_s < one.end_s
 
 
 def check(trained, expected):

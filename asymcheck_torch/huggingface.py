@@ -48,8 +48,7 @@ class AsymCheckCallback(TrainerCallback):
 
     Args:
         url: where to keep the checkpoints: a path or a URL.
-        every_steps: checkpoint updates that are multiples of this; those that a gradient scaler
-            skips are not counted.
+        every_steps: checkpoint the trainer's global steps that are multiples of this.
         extra_state: a mapping of names to more objects with `state_dict()` and
             `load_state_dict()`.
         **options: the others of `asymcheck_torch.attach`.
@@ -95,17 +94,17 @@ class AsymCheckCallback(TrainerCallback):
     def close(self) -> None:
         """Finish what is under way after a run that raised; a run that ends does it itself.
 
-        The step that the run was stopped after has no checkpoint if it was stopped between the
-        update and the next batch.
+        The last update is checkpointed if the next batch had begun.
 
         Raises:
             SaveFailedError: a checkpoint failed (with on_error="raise").
         """
         if self._resume_point is not None:
             self._resume_point.close()
-        if self._position is not None:
-            self._position.close()
-        self._resume_point = self._position = None
+            self._resume_point = None
+        position, self._position = self._position, None
+        if position is not None and self.checkpointer is not None:
+            self.checkpointer.close()
 
     # -- events ----------------------------------------------------------------------------
 
@@ -129,10 +128,10 @@ class AsymCheckCallback(TrainerCallback):
         """
         self.close()
         _check_supported(args, optimizer)
-        self._position = Position(model, _StateLines(state))
+        self._position = Position(model, lambda: state.global_step, _StateLines(state))
         self.checkpointer = attach_prepared(
             model,
-            optimizer,
+            [optimizer, self._position.loop_step],
             url=self._url,
             process_group=dist.group.WORLD if args.world_size > 1 else None,
             extra_state={
@@ -142,9 +141,8 @@ class AsymCheckCallback(TrainerCallback):
             },
             **self._options,
         )
-        self._position.follow(self.checkpointer)
         try:
-            self._restore(state.global_step, self.checkpointer, self._position)
+            self._restore(state.global_step)
         except BaseException:
             self.close()
             raise
@@ -154,7 +152,7 @@ class AsymCheckCallback(TrainerCallback):
         self._of_run().begin_epoch()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """The batches of an update are drawn."""
+        """The batches of a step are drawn; the step before is done with."""
         self._of_run().begin_batch()
 
     def on_log(self, *_: Any, logs: Mapping[str, Any], **__: Any) -> None:
@@ -174,14 +172,12 @@ class AsymCheckCallback(TrainerCallback):
             raise RuntimeError("AsymCheckCallback was added after training had begun")
         return self._position
 
-    def _restore(
-        self, global_step: int, checkpointer: TrainingCheckpointer, position: Position
-    ) -> None:
-        if checkpointer.restore() == 0:
-            checkpointer.step = global_step
-            return
-        found = _state_of(position.loop)["global_step"]
-        if found != global_step:
+    def _restore(self, global_step: int) -> None:
+        assert self.checkpointer is not None
+        found = self.checkpointer.restore()
+        if found == 0:
+            self.checkpointer.step = global_step
+        elif found != global_step:
             raise StateMismatchError(
                 "Trainer does not go on from the newest checkpoint",
                 expected=f"global step {found}",

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
-from asymcheck.errors import UnsupportedStateError
 from asymcheck_torch import rng
 from asymcheck_torch.tensors import cuda_devices
-from asymcheck_torch.training import TrainingCheckpointer
-
-_log = logging.getLogger("asymcheck")
 
 
-class PositionUnknownError(UnsupportedStateError):
-    """The update is over and the next batch has not begun: nobody knows what else is done."""
+class LoopStep(Optimizer):
+    """Has no parameters; its `step()` says that a loop is done with one of its steps.
+
+    Attached after the real optimizers, it moves the end of the step from their update to where
+    the loop has updated schedules and counters, too, and evaluated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([torch.empty(0)], {})
+        self.param_groups.clear()
+
+    def step(self, closure: Any = None) -> Any:
+        """The next batch is drawn, or training is over."""
 
 
 class Position:
@@ -30,25 +38,26 @@ class Position:
 
     Args:
         module: its CUDA devices have generators too.
-        loop_state: gives what the loop itself knows: plain values and arrays.
+        updates: how many updates the loop has made.
+        loop_state: what the loop itself knows: plain values and arrays.
 
     Attributes:
         loop: what `loop_state` gave last, or was restored.
+        loop_step: to be attached as the last optimizer.
     """
 
-    def __init__(self, module: torch.nn.Module, loop_state: Callable[[], Any]) -> None:
+    def __init__(
+        self, module: nn.Module, updates: Callable[[], int], loop_state: Callable[[], Any]
+    ) -> None:
         self.loop: Any = None
+        self.loop_step = LoopStep()
         self._module = module
+        self._updates = updates
         self._loop_state = loop_state
-        self._checkpointer: TrainingCheckpointer | None = None
-        self._noted_step: int | None = None
+        self._done: int | None = None  # updates that were made when the last batch began
         self._epoch_rng: dict[str, Any] | None = None
         self._batch_rng: dict[str, Any] | None = None
         self._restored: dict[str, Any] = {}  # generators that are still to be set
-
-    def follow(self, checkpointer: TrainingCheckpointer) -> None:
-        """Note the position once after each of its steps."""
-        self._checkpointer = checkpointer
 
     @property
     def is_restored(self) -> bool:
@@ -63,25 +72,19 @@ class Position:
 
     def begin_batch(self) -> None:
         """A batch is drawn, and training it is about to begin."""
-        if self._noted_step != self._step:
-            self._note(self._generators("batch_rng"))
-        self._restored.clear()
+        done, self._done = self._done, self._updates()
+        if done is None:
+            self._generators("batch_rng")
+            self._restored.clear()
+        elif done != self._done:
+            self._end_step(self._generators("batch_rng"))
 
     def end_training(self) -> None:
-        """The loop is over; training that is resumed from here begins a new epoch."""
-        self._epoch_rng = self._generators("epoch_rng")
-        self._note(None)
-
-    def close(self) -> None:
-        """Close the checkpointer. A step whose position is not known does not get a checkpoint."""
-        if self._checkpointer is None:
-            return
-        try:
-            self._checkpointer.close()
-        except PositionUnknownError as error:
-            _log.warning("the last step is not checkpointed: %s", error)
-        finally:
-            self._checkpointer = None
+        """The loop is over; if it is resumed later, it begins a new epoch."""
+        done, self._done = self._done, self._updates()
+        if done != self._done:
+            self.begin_epoch()
+            self._end_step(None)
 
     def _generators(self, name: str) -> dict[str, Any]:
         """The generators as they are from here on: as restored, if they were."""
@@ -91,30 +94,15 @@ class Position:
         on_cuda = torch.cuda.is_initialized()
         return rng.capture(cuda_devices(self._module.parameters()) if on_cuda else [])
 
-    def _note(self, batch_rng: dict[str, Any] | None) -> None:
-        self._noted_step = self._step
+    def _end_step(self, batch_rng: dict[str, Any] | None) -> None:
         self._batch_rng = batch_rng
         self.loop = self._loop_state()
-
-    @property
-    def _step(self) -> int | None:
-        return None if self._checkpointer is None else self._checkpointer.step
+        self.loop_step.step()
 
     # -- called by the checkpointer --------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The position that was noted after the last update.
-
-        Raises:
-            PositionUnknownError: none was.
-        """
-        if self._noted_step is None or self._noted_step != self._step:
-            raise PositionUnknownError(
-                "no batch has begun since the update, so a resumed loop could not go on from here",
-                step=self._step,
-                hint="Either training was stopped, or a forward pass with gradients or in "
-                'training mode ran in between (on_error="warn" passes over such steps)',
-            )
+        """The position at the end of the last step."""
         return {"epoch_rng": self._epoch_rng, "batch_rng": self._batch_rng, "loop": self.loop}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

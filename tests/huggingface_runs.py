@@ -4,22 +4,22 @@
     python huggingface_runs.py trainer URL OUT
 
 The first trains until the update after STEP is about to begin, waits until STEP is durable or does
-not, and kills itself; the second trains to the end, without checkpoints if URL is "-", and writes
-what it comes to into the folder OUT. Each rank does (in torchrun's environment).
+not, and is to be killed; the second trains to the end, without checkpoints if URL is "-", and
+writes what it comes to into the folder OUT. Each rank does (in torchrun's environment).
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import torch
-import torch.distributed as dist
 import transformers
+from accelerate.state import AcceleratorState, GradientState
+from rank_processes import await_kill
 from torch.utils.data import DataLoader, Dataset
 from torch_runs import copied
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
@@ -104,8 +104,8 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
     )
 
 
-class Killer(TrainerCallback):
-    """Kills the process between the backward pass and the update that follows a step."""
+class Victim(TrainerCallback):
+    """Is killed between the backward pass and the update that follows a step."""
 
     def __init__(self, asymcheck: AsymCheckCallback, step: int, wait: bool) -> None:
         self.asymcheck, self.step, self.wait = asymcheck, step, wait
@@ -119,13 +119,13 @@ def die(checkpointer: TrainingCheckpointer, now: int, step: int, wait: bool) -> 
     if now == (step if wait else step - 2):
         checkpointer.wait()
     if now == step:
-        if dist.is_initialized():
-            dist.barrier()
-        os.kill(os.getpid(), signal.SIGKILL)
+        await_kill()
 
 
 def train_loop(url: str | None, kill_at: int | None = None, wait: bool = True) -> dict[str, Any]:
     """A loop of Accelerate; what it comes to, with the losses by update."""
+    for shared in (GradientState, AcceleratorState):
+        shared._reset_state()  # of trainers in this process
     accelerate.utils.set_seed(1)
     accelerator = accelerate.Accelerator(
         gradient_accumulation_steps=ACCUMULATED,
@@ -190,8 +190,8 @@ def main(kind: str, url: str, *how: str) -> None:
         train_loop(url, step, wait)
         return
     asymcheck = AsymCheckCallback(url)
-    killer = Killer(asymcheck, step, wait)
-    trainer = trainer_of(Path(url, "output"), asymcheck, killer)
+    victim = Victim(asymcheck, step, wait)
+    trainer = trainer_of(Path(url, "output"), asymcheck, victim)
     trainer.train(resume_from_checkpoint=asymcheck.resume_point())
 
 

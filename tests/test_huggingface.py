@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +26,7 @@ from huggingface_runs import (  # noqa: E402
     train_loop,
     trainer_of,
 )
+from rank_processes import run_and_kill, run_to_the_end  # noqa: E402
 from torch_runs import differences, mlp  # noqa: E402
 
 import asymcheck_torch  # noqa: E402
@@ -41,36 +39,6 @@ from asymcheck_torch.huggingface import AsymCheckCallback  # noqa: E402
 
 UPDATES = BATCHES // ACCUMULATED  # of an epoch
 LAST = EPOCHS * UPDATES
-
-
-def start(*words: object, rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen[str]:
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    distributed = {key: str(value) for key, value in (here | there).items() if world > 1}
-    return subprocess.Popen(
-        [sys.executable, huggingface_runs.__file__, *map(str, words)],
-        env=os.environ | distributed,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run_killed(kind: str, url: Path, step: int, when: str) -> None:
-    process = start(kind, url, step, when)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == -signal.SIGKILL, err
-
-
-def run_ranks(returncode: int, *words: object) -> None:
-    """Two ranks, which all end in the same way."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [start("trainer", *words, rank=rank, world=2, port=port) for rank in range(2)]
-    for process in ranks:
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == returncode, err
 
 
 def resume(url: Path, output: Path, **arguments: Any) -> Any:
@@ -108,7 +76,7 @@ def test_a_killed_trainer_goes_on_bit_for_bit(
     step: int, when: str, uninterrupted: dict[str, Any], tmp_path: Path
 ):
     url = tmp_path / "run"
-    run_killed("trainer", url, step, when)
+    run_and_kill("huggingface_runs.py", "trainer", url, step, when)
     newest = max(committed_steps(LocalStore(url)))
     assert newest == step if when == "wait" else newest >= step - 2
     trainer = resume(url, tmp_path / "output")
@@ -118,11 +86,12 @@ def test_a_killed_trainer_goes_on_bit_for_bit(
 
 
 def test_two_ranks_that_are_killed_go_on_bit_for_bit(tmp_path: Path):
-    run_ranks(-signal.SIGKILL, tmp_path / "run", 2, "wait")
+    script = ("huggingface_runs.py", "trainer")
+    run_and_kill(*script, tmp_path / "run", 2, "wait", ranks=2)
     assert committed_steps(LocalStore(tmp_path / "run"))[-1] == 2
     for out, url in (("resumed", tmp_path / "run"), ("uninterrupted", "-")):
         (tmp_path / out).mkdir()
-        run_ranks(0, url, tmp_path / out)
+        run_to_the_end(*script, url, tmp_path / out, ranks=2)
     for rank in ("0.pt", "1.pt"):
         found = torch.load(tmp_path / "resumed" / rank, weights_only=False)
         expected = torch.load(tmp_path / "uninterrupted" / rank, weights_only=False)
@@ -157,7 +126,7 @@ def interrupted(
 def test_a_run_that_raises_keeps_whole_steps(
     event: str, newest: int, uninterrupted: dict[str, Any], tmp_path: Path
 ):
-    """In an evaluation it is not known what the loop does before the next batch."""
+    """A step ends where the next batch begins, after the evaluation."""
     url = tmp_path / "run"
     asymcheck = interrupted(url, tmp_path / "output", event, 4)
     assert committed_steps(LocalStore(url))[-1] == newest
@@ -305,7 +274,7 @@ def test_other_ways_to_distribute(kind: str, devices: int, tmp_path: Path):
 @pytest.mark.parametrize(("step", "when"), [(3, "wait"), (UPDATES, "wait"), (UPDATES + 2, "now")])
 def test_a_killed_loop_goes_on_bit_for_bit(step: int, when: str, tmp_path: Path):
     url = tmp_path / "run"
-    run_killed("loop", url, step, when)
+    run_and_kill("huggingface_runs.py", "loop", url, step, when)
     newest = max(committed_steps(LocalStore(url)))
     assert newest == step if when == "wait" else step - 2 <= newest <= step
     expected = train_loop(None)

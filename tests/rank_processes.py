@@ -1,0 +1,60 @@
+"""Processes that run a script, one or several ranks of it, to their end or until they are ready."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+_READY = "ready to be killed"
+
+
+def await_kill() -> None:
+    """In such a process: there is nothing to come."""
+    print(_READY, flush=True)
+    signal.pause()
+
+
+def run_to_the_end(script: str, *words: object, ranks: int = 1) -> None:
+    """All end well."""
+    for process in _start(script, words, ranks):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+
+
+def run_and_kill(script: str, *words: object, ranks: int = 1) -> None:
+    """All are killed, when all are ready."""
+    processes = _start(script, words, ranks)
+    for process in processes:
+        assert process.stdout is not None
+        if not any(line.strip() == _READY for line in process.stdout):
+            raise AssertionError(process.communicate()[1])
+    for process in processes:
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+
+
+def _start(script: str, words: tuple[object, ...], ranks: int) -> list[subprocess.Popen[str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0}
+    together |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / script), *map(str, words)],
+            env=os.environ | _text(together | {"RANK": rank, "LOCAL_RANK": rank}, ranks > 1),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def _text(environment: dict[str, object], needed: bool) -> dict[str, str]:
+    return {key: str(value) for key, value in environment.items()} if needed else {}

@@ -46,6 +46,7 @@ _FILE = re.compile(
     r"_(?P<kind>model|optim)_states\.pt"
 )
 _NUMBERS = (bool, int, float, str)
+_ELSEWHERE = {"zero": "a universal checkpoint", "offloaded_tensors": "state on NVMe"}
 _MAX_VALUES = 1_000_000
 _EXTRA_STATE = "_extra_state"
 
@@ -82,6 +83,9 @@ class _Files:
     @classmethod
     def find(cls, path: Path) -> _Files:
         directory = _directory(path)
+        for name, what in _ELSEWHERE.items():
+            if (directory / name).exists():
+                raise SourceError(f"{what} is not known", object=str(directory / name))
         found: dict[tuple[str, int], Path] = {}
         for file in sorted(directory.iterdir()):
             match = _FILE.fullmatch(file.name)
@@ -172,7 +176,7 @@ def _params(models: Sequence[Archive], optimized: Optimized) -> dict[str, NDArra
     for name in own["module"]:
         if name in apart:
             continue
-        owner = ties[name] if name in ties else name
+        owner = str(ties.get(name, name))
         if owner in optimized.params:
             params[name] = optimized.params[owner]
         else:

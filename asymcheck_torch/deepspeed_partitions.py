@@ -7,8 +7,9 @@ parameter by itself into equal pieces, the last of them padded.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,8 +130,8 @@ def join_partitions(partitions: Sequence[Partition], shapes: Sequence[Shapes]) -
     found = Optimized()
     for number, group in enumerate(shapes):
         found.params |= _join(partitions, number, group, lambda p, n=number: p.masters[n])
-        for key in partitions[0].states[number]:
-            values = [partition.states[number].get(key) for partition in partitions]
+        for key in _keys(partitions, number):
+            values = [partition.states[number][key] for partition in partitions]
             if isinstance(values[0], Tensor) and len(values[0].shape) == 1:
                 arrays = _join(partitions, number, group, lambda p, n=number, k=key: p.states[n][k])
             else:
@@ -138,6 +139,15 @@ def join_partitions(partitions: Sequence[Partition], shapes: Sequence[Shapes]) -
             for name, value in arrays.items():
                 found.keep(name, key, value.copy() if isinstance(value, np.ndarray) else value)
     return found
+
+
+def _keys(partitions: Sequence[Partition], number: int) -> list[str]:
+    """What the optimizer keeps for a flat tensor, on every rank."""
+    keys = list(partitions[0].states[number])
+    for partition in partitions:
+        if partition.states[number].keys() != set(keys):
+            raise SourceError("ranks keep other state", object=str(partition.archive.path))
+    return keys
 
 
 def _join(
@@ -172,7 +182,7 @@ def _check_cover(
             if name not in found or not 0 <= start <= start + count <= length:
                 raise SourceError("a piece of a parameter is none", leaf=name, object=place)
             found[name] += count
-        if sum(count for _, count in pieces.values()) > length:
+        if any(start < end for start, end in _neighbours(pieces)):
             raise SourceError("pieces of parameters overlap", object=place)
         if tensor.dtype != parts[0][1].dtype:
             raise SourceError("ranks have other dtypes", object=place, found=tensor.dtype)
@@ -184,6 +194,13 @@ def _check_cover(
                 expected=f"{math.prod(shape)} elements",
                 found=found[name],
             )
+
+
+def _neighbours(pieces: Mapping[str, tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(where a piece starts, where the one before it ends)."""
+    ordered = sorted(pieces.values())
+    for (before, count), (start, _) in itertools.pairwise(ordered):
+        yield start, before + count
 
 
 def _common(partitions: Sequence[Partition], values: list[Any], key: str) -> Any:

@@ -32,6 +32,11 @@ _OPCODES = frozenset(
     }
 )
 _ALLOCATING = frozenset({"FRAME", "LONG_BINPUT"})
+_PUTS = frozenset({"BINPUT", "LONG_BINPUT", "MEMOIZE"})
+_GETS = frozenset({"BINGET", "LONG_BINGET"})
+_TUPLES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
+_MARK = -1
+_MAX_NESTING = 1000
 
 
 class Record:
@@ -105,15 +110,49 @@ def glimpse(error: Exception) -> str:
 
 
 def _check_opcodes(data: bytes, what: str) -> None:
+    """Walk through a pickle without executing it."""
+    nesting = _Nesting()
     for opcode, argument, position in pickletools.genops(data):
         if opcode.name not in _OPCODES:
-            raise SourceError(
-                f"{what} uses an opcode that plain data do not need; none of it was run",
-                offset=position,
-                found=opcode.name,
-            )
-        if opcode.name in _ALLOCATING and int(argument or 0) > len(data):
-            raise SourceError(f"{what} is malformed", offset=position, found=opcode.name)
+            problem = "uses an opcode that plain data do not need; none of it was run"
+        elif opcode.name in _ALLOCATING and int(argument or 0) > len(data):
+            problem = "asks for more memory than it can fill"
+        elif nesting.after(opcode, argument) > _MAX_NESTING:
+            problem = "nests tuples too deep"
+        else:
+            continue
+        raise SourceError(f"{what} {problem}", offset=position, found=opcode.name)
+
+
+class _Nesting:
+    """How deep the tuples on a pickle's stack are nested: to hash one takes as much C stack."""
+
+    def __init__(self) -> None:
+        self._depths: list[int] = []
+        self._memo: dict[int, int] = {}
+
+    def after(self, opcode: pickletools.OpcodeInfo, argument: Any) -> int:
+        """The depth of the topmost object, once the opcode is executed."""
+        if opcode.name in _PUTS:
+            self._memo[len(self._memo) if argument is None else argument] = self._depths[-1]
+        elif opcode.name in _GETS:
+            self._depths.append(self._memo[argument])
+        elif opcode.name == "MARK":
+            self._depths.append(_MARK)
+        else:
+            taken = self._take(opcode)
+            depth = 1 + max(taken, default=0) if opcode.name in _TUPLES else 0
+            self._depths += [depth] * len(opcode.stack_after)
+        return self._depths[-1] if self._depths else 0
+
+    def _take(self, opcode: pickletools.OpcodeInfo) -> list[int]:
+        taken: list[int] = []
+        before = len(opcode.stack_before)
+        if pickletools.markobject in opcode.stack_before:
+            while (depth := self._depths.pop()) != _MARK:
+                taken.append(depth)
+            before = opcode.stack_before.index(pickletools.markobject)
+        return taken + [self._depths.pop() for _ in range(before)]
 
 
 class _Unpickler(pickle.Unpickler):

@@ -135,7 +135,7 @@ def run(job: dict[str, Any]) -> None:
     engine = engine_of(job)
     client_state: dict[str, Any] | None = {}
     if "universal" in job:
-        path, client_state = engine.load_checkpoint(job["universal"])
+        path, client_state = engine.load_checkpoint(job["universal"], **job.get("loading", {}))
         assert path is not None
         if job.get("own_steps"):
             give_own_steps(engine)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from asymcheck.errors import UnsupportedStateError
@@ -122,6 +123,13 @@ def _cut(offset: list[int], shape: list[int], dim: int, parts: int, at: int) -> 
     begin = min(at * share, shape[dim])
     offset[dim] += begin
     shape[dim] = min(share, shape[dim] - begin)
+
+
+def reshard(module: nn.Module) -> None:
+    """Have FSDP2 show a module's shards: a forward pass alone leaves parameters gathered."""
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
 
 
 def numel(parameter: nn.Parameter) -> int:

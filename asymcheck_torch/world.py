@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from asymcheck.errors import UnsupportedStateError
+from asymcheck_torch.parts import reshard
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,13 @@ class World:
         """The group given, else that of DDP or FSDP2, else a single process.
 
         Raises:
-            UnsupportedStateError: the module is sharded over a part of a mesh's ranks.
+            UnsupportedStateError: the module is sharded over a part of a mesh's ranks, or by FSDP1.
         """
+        if any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
+            raise UnsupportedStateError(
+                "FullyShardedDataParallel (FSDP1) cannot be checkpointed", hint="Use fully_shard"
+            )
+        reshard(module)  # else what is gathered just now looks as if it were not sharded
         ddp = _ddp_of(module)
         if group is None:
             group = ddp.process_group if ddp is not None else _group_of_shards(module)

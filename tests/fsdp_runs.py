@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from sharded_net import loss_of, parameters_of, random_tokens, seed_and_build
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+from torch_runs import differences
 
 import asymcheck_torch
+from asymcheck.errors import AsymCheckError
+
+STOP, TOTAL = 3, 5
+
+Run = tuple[nn.Module, torch.optim.Optimizer]
 
 
-class Net(nn.Module):
-    """Rows that no number of ranks divides, fewer rows than ranks, tied weights, a buffer."""
+def build(kind: str, *, groups: bool = True, width: int = 24, seed: int = 7) -> Run:
+    """A net that is sharded, or not, over all ranks.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(29, 24)
-        self.layers = nn.ModuleList([nn.Linear(24, 24) for _ in range(3)])
-        self.few = nn.Parameter(torch.randn(2, 5))
-        self.head = nn.Linear(24, 29, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("seen", torch.zeros(3))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.seen += 1
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = x + nn.functional.dropout(torch.tanh(layer(x)), 0.1, self.training)
-        return self.head(x) + self.few.sum()
+    `fsdp`; `hsdp` over a 2-D mesh (copies of shards); `low`, computing in bfloat16; `columns`,
+    matrices cut along their second dimension; `offload`, parameters on the CPU; `whole`, gathered
+    from the forward to the backward pass; `ddp`; `plain`.
+    """
+    model: nn.Module = seed_and_build(width, seed)
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    elif kind != "plain":
+        _shard(model, kind)
+    return model, torch.optim.AdamW(parameters_of(model, groups), lr=1e-2)
 
 
-def build(world: int, kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`fsdp` over all ranks, `hsdp` over a 2-D mesh (copies of shards), `low` precision, `plain`."""
-    torch.manual_seed(7)
-    model = Net()
-    if kind != "plain":
-        shape = (2, world // 2) if kind == "hsdp" else (world,)
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
-        policy = MixedPrecisionPolicy(torch.bfloat16) if kind == "low" else MixedPrecisionPolicy()
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+def _shard(model: nn.Module, kind: str) -> None:
+    world = dist.get_world_size()
+    shape = (2, world // 2) if kind == "hsdp" else (world,)
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh("cpu", shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
+    }
+    if kind == "low":
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16)
+    if kind == "columns":
+        options["shard_placement_fn"] = lambda p: (
+            Shard(1) if p.shape[-1] == 24 and p.ndim > 1 else None
+        )
+    if kind == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if kind == "whole":
+        options["reshard_after_forward"] = False
+    for layer in model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+def train(run: Run, steps: int, evaluate: bool = False) -> list[float]:
+    """So many updates on this rank's random data; the losses."""
+    model, optimizer = run
     losses: list[float] = []
-    model.train()
     for _ in range(steps):
-        tokens = torch.randint(29, (4, 5))
-        logits = model(tokens).float()
-        loss = nn.functional.cross_entropy(logits.reshape(-1, 29), tokens.reshape(-1))
+        if evaluate:
+            losses.append(evaluation(model))
+        model.train()
+        loss = loss_of(model, random_tokens())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -61,38 +80,108 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
     return losses
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All of it by logical names, gathered."""
-    found: dict[str, torch.Tensor] = {}
+def evaluation(model: nn.Module) -> float:
+    model.eval()
+    with torch.no_grad():
+        return loss_of(model, random_tokens()).item()
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """What the run holds, by logical names, gathered by torch itself."""
+    module, optimizer = run
+    model = module.module if isinstance(module, DistributedDataParallel) else module
+    found: dict[str, Any] = {
+        "options": [_options(group) for group in optimizer.param_groups],
+        "buffers/seen": model.seen.clone(),
+    }
     for name, parameter in model.named_parameters():
         found[f"params/{name}"] = _full(parameter)
-        for key, value in optimizer.state.get(parameter, {}).items():
-            found[f"{key}/{name}"] = _full(value)
-    found["seen"] = model.seen.clone()
+        state = optimizer.state.get(parameter, {})
+        found |= {f"{key}/{name}": _full(value) for key, value in state.items()}
     return found
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def save_and_go_on(rank: int, url: str, world: int, kind: str) -> Any:
-    model, optimizer = build(world, kind)
+# -- workers -------------------------------------------------------------------------------
+
+
+def of_all(rank: int, worker: Any, runs: Mapping[Any, Any]) -> Any:
+    """What `worker(rank, *arguments)` returns for each of the runs, one after the other."""
+    return {name: worker(rank, *arguments) for name, arguments in runs.items()}
+
+
+def save_and_go_on(rank: int, url: str, kind: str, evaluate: bool = False) -> Any:
+    """Train with checkpoints to STOP, then without to TOTAL; state at both, and the losses."""
+    run = build(kind)
     torch.manual_seed(100 + rank)
-    with asymcheck_torch.attach(model, optimizer, url=url, max_to_keep=None) as ckpt:
-        train(model, optimizer, 3)
-        assert ckpt.step == 3
-    at_stop = snapshot(model, optimizer)
-    losses = train(model, optimizer, 2)
-    return at_stop, snapshot(model, optimizer), losses
+    with asymcheck_torch.attach(*run, url=url, max_to_keep=None) as ckpt:
+        train(run, STOP, evaluate)
+        assert ckpt.step == STOP
+    at_stop = snapshot(run)
+    losses = train(run, TOTAL - STOP, evaluate)
+    return at_stop, snapshot(run), losses
 
 
-def resume(rank: int, url: str, world: int, kind: str, warm: int = 0) -> Any:
-    model, optimizer = build(world, kind)
+def resume(rank: int, url: str, kind: str, warm: int = 0, evaluate: bool = False) -> Any:
+    """Restore, after `warm` updates on other data, and train to TOTAL."""
+    run = build(kind, seed=8)
     torch.manual_seed(200 + rank)
-    train(model, optimizer, warm)
-    with asymcheck_torch.attach(model, optimizer, url=url, every_steps=1000) as ckpt:
-        assert ckpt.restore() == 3
-        at_start = snapshot(model, optimizer)
-        losses = train(model, optimizer, 2)
-    return at_start, snapshot(model, optimizer), losses
+    train(run, warm)
+    with asymcheck_torch.attach(*run, url=url, every_steps=1000) as ckpt:
+        assert ckpt.restore() == STOP
+        at_start = snapshot(run)
+        losses = train(run, TOTAL - STOP, evaluate)
+    return at_start, snapshot(run), losses
+
+
+def restore(rank: int, url: str, kind: str) -> Any:
+    """Only restore; the state."""
+    run = build(kind, seed=8)
+    with asymcheck_torch.attach(*run, url=url, every_steps=1000) as ckpt:
+        assert ckpt.restore() == STOP
+    return snapshot(run)
+
+
+def resume_after_evaluation(rank: int, url: str, kind: str) -> Any:
+    """As `resume`, right after a forward pass without a backward pass."""
+    run = build(kind, seed=8)
+    torch.manual_seed(200 + rank)
+    train(run, 1)
+    evaluation(run[0])  # attached to like this, too
+    with asymcheck_torch.attach(*run, url=url, every_steps=1000) as ckpt:
+        evaluation(run[0])
+        assert ckpt.restore() == STOP
+        losses = train(run, TOTAL - STOP)
+    return snapshot(run), losses
+
+
+def restore_what_does_not_fit(rank: int, url: str, options: dict[str, Any]) -> Any:
+    """The error, and where the state is not what it was before."""
+    run = build(**options, seed=8)
+    train(run, 1)
+    before = snapshot(run)
+    with asymcheck_torch.attach(*run, url=url, every_steps=1000) as ckpt:
+        try:
+            ckpt.restore()
+        except AsymCheckError as error:
+            return type(error).__name__, str(error), differences(snapshot(run), before)
+    raise AssertionError("restored into a model that does not fit")
+
+
+def attach_fsdp1(rank: int, url: str) -> str:
+    """What attaching to the older wrapper says."""
+    cpu = torch.device("cpu")
+    module = FullyShardedDataParallel(seed_and_build(), use_orig_params=True, device_id=cpu)
+    optimizer = torch.optim.AdamW(module.parameters())
+    try:
+        asymcheck_torch.attach(nn.Sequential(module), optimizer, url=url)
+    except AsymCheckError as error:
+        return str(error)
+    raise AssertionError("attached")

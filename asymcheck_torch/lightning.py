@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from itertools import chain, islice
 from typing import Any
 
+import lightning
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.types import _Stateful
@@ -140,6 +141,11 @@ class AsymCheckCallback(Callback):
 
 
 def _check_supported(trainer: Trainer, module: LightningModule) -> None:
+    if not lightning.__version__.startswith("2.6."):
+        raise UnsupportedStateError(
+            f"the loops of Lightning {lightning.__version__} are not known",
+            hint="Install lightning 2.6",
+        )
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise UnsupportedStateError(

@@ -146,11 +146,11 @@ def train_loop(url: str | None, kill_at: int | None = None, wait: bool = True) -
         first = checkpointer.restore()
     losses: dict[int, list[float]] = {}
     updates = BATCHES // ACCUMULATED
+    done = first
     for epoch in range(first // updates, EPOCHS):
         loader.set_epoch(epoch)
-        done = max(first - epoch * updates, 0)
-        batches = accelerator.skip_first_batches(loader, done * ACCUMULATED) if done else loader
-        for batch in batches:
+        used = ACCUMULATED * (first % updates) if epoch == first // updates else 0
+        for batch in accelerator.skip_first_batches(loader, used):
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
@@ -159,8 +159,7 @@ def train_loop(url: str | None, kill_at: int | None = None, wait: bool = True) -
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-            update = epoch * updates + done
-            losses.setdefault(update, []).append(loss.item())
+            losses.setdefault(done, []).append(loss.item())
             done += accelerator.sync_gradients
     if checkpointer is not None:
         assert checkpointer.step == EPOCHS * updates

@@ -49,6 +49,7 @@ FIXTURES: Mapping[str, Callable[[], None]] = {
     "run": lambda: write_run("runs/a"),
     "raw_run": lambda: write_run("runs/a", policy=Never()),
 }
+OPTIONAL = ("torch", "transformers", "accelerate", "lightning")
 
 _FENCE = re.compile(r"```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"<!-- test: (skip|fresh|fixture)(?: (.*?))? -->\s*\Z")
@@ -131,8 +132,9 @@ def run_document(document: Path, directory: Path) -> dict[str, Any]:
 def run_python(block: Block, namespace: dict[str, Any], document: Path, place: str) -> None:
     elsewhere = _ELSEWHERE.search(block.code)
     assert elsewhere is None, f"{place}: {elsewhere and elsewhere[0]} is not in a temporary place"
-    if "torch" in block.code:
-        pytest.importorskip("torch", reason=f"{place} needs torch")
+    for name in OPTIONAL:
+        if name in block.code:
+            pytest.importorskip(name, reason=f"{place} needs {name}")
     code = compile("\n" * (block.line - 1) + block.code, str(document), "exec")
     exec(code, namespace)
 

@@ -409,6 +409,12 @@ def test_other_strategies(tmp_path: Path):
         AsymCheckCallback(tmp_path).on_fit_start(trainer, Denoiser())
 
 
+def test_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lightning.__version__", "2.7.1")
+    with pytest.raises(UnsupportedStateError, match=r"Lightning 2\.7\.1"):
+        trainer_of(AsymCheckCallback(tmp_path)).fit(Denoiser(), shuffled(), shuffled())
+
+
 def test_compiled_as_a_whole(tmp_path: Path):
     trainer = trainer_of(AsymCheckCallback(tmp_path))
     with pytest.raises(UnsupportedStateError, match="compiled"):

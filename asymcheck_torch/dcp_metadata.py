@@ -14,7 +14,7 @@ from asymcheck import tree
 from asymcheck.errors import SourceError
 from asymcheck.index import tile
 from asymcheck.state import ShardSpec
-from asymcheck_torch.inert_pickle import MAX_NBYTES, Member, Names, Record, glimpse, read
+from asymcheck_torch.inert_pickle import MAX_NBYTES, Member, Names, Record, Size, glimpse, read
 from asymcheck_torch.tensors import TORCH_DTYPES
 
 
@@ -58,7 +58,7 @@ _RECORDS: dict[str, tuple[str, ...]] = {
 _NAMES: Names = {
     **{f"torch.{name}": name for name in TORCH_DTYPES},
     **{f"{module}.{name}": Record for module, names in _RECORDS.items() for name in names},
-    "torch.Size": tuple,
+    "torch.Size": Size,
     "builtins.getattr": Member,
 }
 

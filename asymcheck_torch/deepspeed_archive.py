@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from asymcheck.errors import SourceError
 from asymcheck.state import dtype_of
-from asymcheck_torch.inert_pickle import MAX_NBYTES, Member, Names, Record, glimpse, read
+from asymcheck_torch.inert_pickle import MAX_NBYTES, Member, Names, Record, Size, glimpse, read
 from asymcheck_torch.tensors import TORCH_DTYPES
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -106,7 +106,7 @@ NAMES: Names = MappingProxyType(
         "torch._tensor._rebuild_from_type_v2": _Wrapped,
         "torch.Tensor": Record,
         "torch.nn.parameter.Parameter": Record,
-        "torch.Size": tuple,
+        "torch.Size": Size,
         "collections.OrderedDict": OrderedDict,
         "builtins.getattr": Member,
     }
@@ -144,8 +144,22 @@ class Archive:
     def array(self, tensor: Tensor) -> NDArray[Any]:
         """A tensor as an array; the same one for tensors over the same memory."""
         if tensor not in self._arrays:
-            self._arrays[tensor] = self._read(tensor).copy()
+            self._arrays[tensor] = self.view(tensor).copy()
         return self._arrays[tensor]
+
+    def view(self, tensor: Tensor) -> NDArray[Any]:
+        """A tensor as a view of its storage, which is not kept."""
+        shape, dtype = self._check(tensor)
+        self._spend(math.prod(shape) * dtype.itemsize)
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        elements = self._elements(tensor.storage)
+        elements = elements[: len(elements) // dtype.itemsize * dtype.itemsize].view(dtype)
+        last = sum((n - 1) * step for n, step in zip(shape, tensor.stride, strict=True))
+        if tensor.offset + last >= len(elements):
+            raise SourceError("a tensor reaches beyond its storage", object=str(self.path))
+        strides = [step * dtype.itemsize for step in tensor.stride]
+        return np.lib.stride_tricks.as_strided(elements[tensor.offset :], shape, strides)
 
     def length(self, tensor: Tensor) -> int:
         """The length of a flat tensor, for which the file is large enough."""
@@ -153,10 +167,6 @@ class Archive:
         if len(shape) != 1 or shape[0] * dtype.itemsize > self._unspent:
             raise SourceError("a flat tensor is malformed", object=str(self.path), found=shape)
         return shape[0]
-
-    def flat(self, tensor: Tensor) -> NDArray[Any]:
-        """A flat tensor as an array, which is not kept."""
-        return self._read(tensor)
 
     def _check(self, tensor: Tensor) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of a tensor, once all that the pickle says of it is possible."""
@@ -170,19 +180,6 @@ class Archive:
         if not is_well_formed:
             raise SourceError("a tensor is malformed", object=str(self.path))
         return tuple(tensor.shape), dtype_of(tensor.dtype)
-
-    def _read(self, tensor: Tensor) -> NDArray[Any]:
-        shape, dtype = self._check(tensor)
-        self._spend(math.prod(shape) * dtype.itemsize)
-        if 0 in shape:
-            return np.empty(shape, dtype)
-        elements = self._elements(tensor.storage)
-        elements = elements[: len(elements) // dtype.itemsize * dtype.itemsize].view(dtype)
-        last = sum((n - 1) * step for n, step in zip(shape, tensor.stride, strict=True))
-        if tensor.offset + last >= len(elements):
-            raise SourceError("a tensor reaches beyond its storage", object=str(self.path))
-        strides = [step * dtype.itemsize for step in tensor.stride]
-        return np.lib.stride_tricks.as_strided(elements[tensor.offset :], shape, strides)
 
     def _spend(self, nbytes: int) -> None:
         if nbytes > self._unspent:

@@ -45,7 +45,7 @@ _FILE = re.compile(
     r"(?:(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<model>\d+)"
     r"_(?P<kind>model|optim)_states\.pt"
 )
-_NUMBERS = (bool, int, float, str)
+_SCALARS = (bool, int, float, str)
 _ELSEWHERE = {"zero": "a universal checkpoint", "offloaded_tensors": "state on NVMe"}
 _MAX_VALUES = 1_000_000
 _EXTRA_STATE = "_extra_state"
@@ -75,10 +75,17 @@ def from_deepspeed(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of a checkpoint, by rank: model states of rank 0 or of all, optimizer states."""
+    """The files of a checkpoint, by rank.
+
+    Attributes:
+        model: model states, of rank 0 alone or of all.
+        optimizer: optimizer states.
+        of_all: whether there should be model states of all ranks, as in stage 3.
+    """
 
     model: list[Path]
     optimizer: list[Path]
+    of_all: bool
 
     @classmethod
     def find(cls, path: Path) -> _Files:
@@ -97,7 +104,9 @@ class _Files:
             if key in found:
                 raise SourceError("two files are the same rank's", object=str(file))
             found[key] = file
-        return cls(_in_order(found, "model"), _in_order(found, "optim"))
+        model = _in_order(found, "model")
+        of_all = any(file.name.startswith("zero_pp_rank_") for file in model)
+        return cls(model, _in_order(found, "optim"), of_all)
 
 
 def _directory(path: Path) -> Path:
@@ -124,7 +133,7 @@ def _state(files: _Files) -> dict[str, Any]:
         raise SourceError("there are no model states of DeepSpeed", expected="*_model_states.pt")
     models = [Archive(path, _NAMES) for path in files.model]
     own = models[0].state
-    _refuse_unknown(models, len(files.optimizer))
+    _refuse_unknown(files, models)
     shapes: list[Shapes] = own["param_shapes"] or []
     archives = [Archive(path, _NAMES) for path in files.optimizer]
     partitions = [
@@ -148,15 +157,15 @@ def _state(files: _Files) -> dict[str, Any]:
     }
 
 
-def _refuse_unknown(models: Sequence[Archive], ranks: int) -> None:
-    own = models[0].state
+def _refuse_unknown(files: _Files, models: Sequence[Archive]) -> None:
+    own, ranks = models[0].state, models[0].state["dp_world_size"]
     if own["mp_world_size"] != 1 or "num_experts" in own or own["module"] is None:
         raise SourceError("model, pipeline and expert parallelism are not known")
-    if ranks not in (0, own["dp_world_size"]) or len(models) not in (1, own["dp_world_size"]):
+    if len(models) != (ranks if files.of_all else 1) or len(files.optimizer) not in (0, ranks):
         raise SourceError(
             "there are files of another number of ranks",
-            expected=own["dp_world_size"],
-            found=f"{len(models)} model states, {ranks} optimizer states",
+            expected=ranks,
+            found=f"{len(models)} model states, {len(files.optimizer)} optimizer states",
             hint="Remove those of an earlier checkpoint of the same name",
         )
     for model in models:
@@ -193,7 +202,7 @@ def _frozen(models: Sequence[Archive], name: str) -> NDArray[Any]:
     whole = own["module"][name]
     if shape is None or tuple(whole.shape) == tuple(shape):
         return models[0].array(whole)
-    pieces = [model.flat(model.state["frozen_param_fragments"][name]) for model in models]
+    pieces = [model.view(model.state["frozen_param_fragments"][name]) for model in models]
     elements = np.concatenate(pieces)[: math.prod(shape)]
     return elements.reshape(shape)
 
@@ -269,7 +278,7 @@ def _engine(model: Archive, scaler: Any) -> dict[str, Any]:
     members = getattr(scaler, "state", scaler) or {}
     found: dict[str, Any] = {key: plain.of(own[key]) for key in _COUNTERS if key in own}
     found["lr_scheduler"] = plain.of(own["lr_scheduler"])
-    found["loss_scaler"] = {k: v for k, v in members.items() if type(v) in _NUMBERS}
+    found["loss_scaler"] = {k: v for k, v in members.items() if type(v) in _SCALARS}
     for key in ("data_sampler", "random_ltd"):
         if own.get(key) is not None:
             found[key] = plain.of(own[key])
@@ -348,7 +357,7 @@ class _Plain:
             return type(value)(self.of(item, depth + 1) for item in value)
         if isinstance(value, Tensor):
             return self.archive.array(value)
-        if value is None or type(value) in (*_NUMBERS, complex, bytes):
+        if value is None or type(value) in (*_SCALARS, complex, bytes):
             return value
         name = value.kind if isinstance(value, Record) else type(value).__name__
         raise SourceError("an object cannot be imported", object=self._place, found=name)

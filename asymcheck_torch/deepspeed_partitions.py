@@ -21,8 +21,7 @@ from asymcheck.state import dtype_of
 from asymcheck_torch.deepspeed_archive import Archive, Tensor
 from asymcheck_torch.optimizers import kind_of
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
+Shapes = Mapping[str, tuple[int, ...]]
 """{parameter name: shape}, in the order in which they lie in a flat tensor."""
 
 
@@ -163,7 +162,7 @@ def _join(
     arrays = {name: np.empty(shape, dtype) for name, shape in shapes.items()}
     filled = dict.fromkeys(shapes, 0)
     for partition, tensor, pieces in parts:
-        elements = partition.archive.flat(tensor)
+        elements = partition.archive.view(tensor)
         for name, (start, count) in pieces.items():
             done = filled[name]
             arrays[name].reshape(-1)[done : done + count] = elements[start : start + count]

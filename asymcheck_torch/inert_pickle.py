@@ -74,8 +74,21 @@ class Member(Record):
         return owner()
 
 
+class Size(Record):
+    """Stands for `torch.Size`: a tuple of integers, and so of no other tuples."""
+
+    def __new__(cls, *args: Any) -> Any:  # noqa: D102
+        numbers = tuple(args[0])
+        if any(type(number) is not int for number in numbers):
+            raise SourceError("a size is no tuple of integers", found=cls.kind)
+        return numbers
+
+
 Names = Mapping[str, Any]
-"""{name with its module: what stands for it}; a kind of `Record` gets a class of its own."""
+"""{name with its module: what stands for it}; a kind of `Record` gets a class of its own.
+
+What can be called and is no record must change nothing, and make no tuples.
+"""
 
 
 def read(
@@ -125,7 +138,10 @@ def _check_opcodes(data: bytes, what: str) -> None:
 
 
 class _Nesting:
-    """How deep the tuples on a pickle's stack are nested: to hash one takes as much C stack."""
+    """How deep the tuples on a pickle's stack are nested: to hash one takes as much C stack.
+
+    Only these opcodes make tuples, provided that nothing that stands for a callable does.
+    """
 
     def __init__(self) -> None:
         self._depths: list[int] = []

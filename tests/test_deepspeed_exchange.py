@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -605,6 +606,13 @@ def test_a_full_disk(tmp_path: Path) -> None:
 # -- what is refused ---------------------------------------------------------------------------
 
 
+def refusal(source: Path) -> str:
+    """Why a checkpoint is refused, without its path."""
+    with pytest.raises(SourceError) as caught:
+        from_deepspeed(source)
+    return str(caught.value).replace(str(source), "")
+
+
 class Evil:
     """Unpickling this makes a file."""
 
@@ -655,8 +663,7 @@ def test_evil_optimizer_states(saved: Path, tmp_path: Path, name: str) -> None:
         state["optimizer_state_dict"]["loss_scaler"] = scaler
 
     rewrite(optimizer_files(source)[1], change)
-    with pytest.raises(SourceError, match=r"Path\.touch|getattr"):
-        from_deepspeed(source)
+    assert re.search(r"Path\.touch|getattr", refusal(source))
     assert not made.exists()
 
 
@@ -690,8 +697,7 @@ def test_files_refer_to_nothing_else(saved: Path, tmp_path: Path, name: str) -> 
     module, attribute = name.split()
     source = copy_of(saved, "stage2", tmp_path)
     repickled(model_files(source)[0], lambda _: f"c{module}\n{attribute}\n.".encode())
-    with pytest.raises(SourceError, match=f"{module}.{attribute}".replace("_", ".")):
-        from_deepspeed(source)
+    assert f"found {module}.{attribute}" in refusal(source)
 
 
 @pytest.mark.parametrize(
@@ -704,10 +710,11 @@ def test_files_refer_to_nothing_else(saved: Path, tmp_path: Path, name: str) -> 
         (b"(ios\nsystem\n.", "INST"),
         (b"(cbuiltins\neval\no.", "OBJ"),
         (b"\x80\x02\x82\x01.", "EXT1"),
-        (b"cbuiltins\ngetattr\n(ctorch\nSize\nV__class__\ntR.", "getattr"),
+        (b"cbuiltins\ngetattr\n(ccollections\nOrderedDict\nVfromkeys\ntR.", "getattr"),
         (b"cbuiltins\ngetattr\n(cbuiltins\ngetattr\nV__init__\ntR.", "getattr"),
         (b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.", "nests tuples"),  # to be hashed
         (b"\x80\x02})" + b"q\x00h\x00\x86" * 1_000_000 + b"K\x01s.", "nests tuples"),
+        (b"ctorch\nSize\n(]V0\natR.", "torch.Size"),  # may hold numbers only
         (b"Pstorage\n.", "PERSID"),
         (b"(Vx\nQ.", "malformed"),
         (b"(Vstorage\nVfloat32\nV0\nVcpu\nK\x01tQ.", "no storage"),
@@ -721,8 +728,7 @@ def test_files_refer_to_nothing_else(saved: Path, tmp_path: Path, name: str) -> 
 def test_hostile_pickles(saved: Path, tmp_path: Path, data: bytes, message: str) -> None:
     source = copy_of(saved, "stage2", tmp_path)
     repickled(model_files(source)[0], lambda _: data)
-    with pytest.raises(SourceError, match=message):
-        from_deepspeed(source)
+    assert message in refusal(source)
 
 
 def test_nothing_outlives_a_pickle(saved: Path, tmp_path: Path) -> None:
@@ -802,8 +808,7 @@ def test_compressed_members_are_refused(saved: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members:
             archive.writestr(name, data)
-    with pytest.raises(SourceError, match="compressed"):
-        from_deepspeed(source)
+    assert "compressed" in refusal(source)
 
 
 def _huge_shape(model: Any, _: Any) -> None:
@@ -971,24 +976,20 @@ def test_missing_and_stray_files(saved: Path, tmp_path: Path) -> None:
     }
     for name, message in strays.items():
         shutil.copy(optimizer_files(source)[1], tag / name)
-        with pytest.raises(SourceError, match=message):
-            from_deepspeed(source)
+        assert message in refusal(source)
         (tag / name).unlink()
     from_deepspeed(source)
     for file in model_files(source) + optimizer_files(source):
         file.rename(tag / "aside")
-        with pytest.raises(SourceError, match=r"missing|another number of ranks"):
-            from_deepspeed(source)
+        assert re.search(r"are missing|of another number of ranks", refusal(source))
         (tag / "aside").rename(file)
     for name, message in (("zero", "universal"), ("offloaded_tensors", "NVMe")):
         (tag / name).mkdir()
-        with pytest.raises(SourceError, match=message):
-            from_deepspeed(source)
+        assert message in refusal(source)
         (tag / name).rmdir()
     for file in model_files(source):
         file.unlink()
-    with pytest.raises(SourceError, match="no model states"):
-        from_deepspeed(source)
+    assert "no model states" in refusal(source)
 
 
 def test_files_of_two_checkpoints(saved: Path, tmp_path: Path) -> None:
@@ -999,8 +1000,7 @@ def test_files_of_two_checkpoints(saved: Path, tmp_path: Path) -> None:
         state["global_steps"] = 2
 
     rewrite(model_files(source)[1], change)
-    with pytest.raises(SourceError, match="not of one checkpoint"):
-        from_deepspeed(source)
+    assert "not of one checkpoint" in refusal(source)
 
 
 @pytest.mark.parametrize(

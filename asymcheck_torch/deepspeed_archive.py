@@ -74,6 +74,9 @@ class _Storage:
     length: Any
 
 
+_NOTHING_READ: tuple[_Storage | None, NDArray[np.uint8]] = None, np.empty(0, np.uint8)
+
+
 class _Rebuilt(Record):
     """Stands for torch's functions that make a tensor of a storage."""
 
@@ -135,7 +138,7 @@ class Archive:
         self.path = path
         self._members = self._read_directory()
         self._unspent = path.stat().st_size
-        self._storage: tuple[_Storage | None, NDArray[np.uint8]] = None, np.empty(0, np.uint8)
+        self._storage = _NOTHING_READ
         self._arrays: dict[Tensor, NDArray[Any]] = {}
         self._check_byte_order()
         pickled = self._member("data.pkl", MAX_NBYTES).tobytes()
@@ -144,11 +147,16 @@ class Archive:
     def array(self, tensor: Tensor) -> NDArray[Any]:
         """A tensor as an array; the same one for tensors over the same memory."""
         if tensor not in self._arrays:
-            self._arrays[tensor] = self.view(tensor).copy()
+            self._arrays[tensor] = self._read(tensor).copy()
         return self._arrays[tensor]
 
     def view(self, tensor: Tensor) -> NDArray[Any]:
         """A tensor as a view of its storage, which is not kept."""
+        array = self._read(tensor)
+        self._storage = _NOTHING_READ
+        return array
+
+    def _read(self, tensor: Tensor) -> NDArray[Any]:
         shape, dtype = self._check(tensor)
         self._spend(math.prod(shape) * dtype.itemsize)
         if 0 in shape:

@@ -82,7 +82,7 @@ class Position:
     def end_training(self) -> None:
         """The loop is over; if it is resumed later, it begins a new epoch."""
         done, self._done = self._done, self._updates()
-        if done != self._done:
+        if done is not None and done != self._done:
             self.begin_epoch()
             self._end_step(None)
 

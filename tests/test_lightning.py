@@ -177,10 +177,12 @@ def test_trained_further_than_it_was_meant_to(uninterrupted: dict[str, Any], tmp
 
 def test_a_finished_run_is_not_trained_any_further(uninterrupted: dict[str, Any], tmp_path: Path):
     fit(AsymCheckCallback(tmp_path))
-    found = fit(AsymCheckCallback(tmp_path), seed=99)
-    assert found["rows"] == []
-    assert found["progress"] == [LAST, EPOCHS]
-    assert differences(found["model"], uninterrupted["model"]) == []
+    for _ in range(2):
+        found = fit(AsymCheckCallback(tmp_path), seed=99)
+        assert found["rows"] == []
+        assert found["progress"] == [LAST, EPOCHS]
+        assert differences(found["model"], uninterrupted["model"]) == []
+        assert committed_steps(LocalStore(tmp_path))[-1] == LAST
 
 
 # -- data --------------------------------------------------------------------------------------

@@ -18,6 +18,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import deepspeed
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -51,6 +54,7 @@ class Setting:
     optimizer: str = "adamw"
     width: int = WIDTH
     zero_init: bool = False
+    overflow: bool = False  # the second update has infinite gradients
     zero: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -185,6 +189,8 @@ def _trained(engine: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     if isinstance(zero, FP16_UnfusedOptimizer):
         masters = _masters_of_unfused(zero)
         return {"params": masters[parameter].detach()} | _tensors(zero.state[masters[parameter]])
+    if getattr(zero, "round_robin_gradients", False):
+        return {}  # what DeepSpeed says of them is wrong: it looks for them in the other order
     state = next(iter(zero.optimizer.state.values()), {})
     moments = {
         key: safe_get_full_optimizer_state(parameter, key)
@@ -239,18 +245,18 @@ def _enter(
     dist.destroy_process_group()
 
 
-def of_all(rank: int, world: int, worker: Callable[..., Any], runs: Mapping[Any, Any]) -> Any:
-    """What `worker(rank, *arguments)` returns for each of the runs, one after the other."""
-    return {name: worker(rank, *arguments) for name, arguments in runs.items()}
+def of_all(rank: int, world: int, runs: Mapping[Any, tuple[Any, ...]]) -> Any:
+    """What each of the runs gives, one after the other: {name: (worker, its arguments)}."""
+    return {name: worker(rank, *arguments) for name, (worker, *arguments) in runs.items()}
 
 
-def save_and_go_on(rank: int, url: str, setting: Setting, overflow: bool = False) -> Any:
+def save_and_go_on(rank: int, url: str, setting: Setting) -> Any:
     """Train with checkpoints to STOP, then without to TOTAL; state at both, and the losses."""
     with engine_of(setting) as engine:
         torch.manual_seed(100 + rank)
         with asymcheck_torch.attach(engine, url=url, max_to_keep=None) as ckpt:
             train(engine, 1)
-            if overflow:
+            if setting.overflow:
                 train(engine, 1, spoil=math.inf)
             train(engine, STOP - 1)
             assert ckpt.step == STOP
@@ -283,17 +289,35 @@ def resume_unseen(rank: int, url: str, setting: Setting, warm: int) -> Any:
         return snapshot(engine), losses
 
 
-def restore_and_save_again(rank: int, url: str, setting: Setting) -> Any:
-    """Restore into a run that goes on with checkpoints, and restore its last one elsewhere."""
+def restore(rank: int, url: str, setting: Setting, step: int = STOP) -> Any:
+    """Only restore; the state."""
+    with engine_of(setting, seed=8) as engine:
+        with asymcheck_torch.attach(engine, url=url, every_steps=1000) as ckpt:
+            assert ckpt.restore() == step
+        return snapshot(engine)
+
+
+def restore_and_go_on_saving(rank: int, url: str, setting: Setting) -> Any:
+    """Restore and train to TOTAL with checkpoints; the state then."""
     with engine_of(setting, seed=8) as engine:
         with asymcheck_torch.attach(engine, url=url, max_to_keep=None) as ckpt:
             ckpt.restore()
             train(engine, TOTAL - STOP)
-        expected = snapshot(engine)
-    with engine_of(setting, seed=8) as engine:
+        return snapshot(engine)
+
+
+def save_before_the_first_update(rank: int, url: str, setting: Setting) -> Any:
+    """Checkpoint what was built, and restore that after some updates; state and losses, twice."""
+    with engine_of(setting) as engine:
+        torch.manual_seed(100 + rank)
         with asymcheck_torch.attach(engine, url=url, every_steps=1000) as ckpt:
-            assert ckpt.restore() == TOTAL
-        return expected, snapshot(engine)
+            ckpt.save_now()
+            ckpt.wait()
+            at_start = snapshot(engine)
+            expected = at_start, train(engine, 2), snapshot(engine)
+            assert ckpt.restore() == 0
+            at_start = snapshot(engine)
+            return expected, (at_start, train(engine, 2), snapshot(engine))
 
 
 def restore_what_does_not_fit(rank: int, url: str, setting: Setting) -> Any:
@@ -309,3 +333,70 @@ def restore_what_does_not_fit(rank: int, url: str, setting: Setting) -> Any:
                 assert torch.equal(generator, torch.get_rng_state())
                 return type(error).__name__, str(error), before, snapshot(engine)
         raise AssertionError("restored into an engine that does not fit")
+
+
+def what_attach_says(engine: Any, url: str, *more: Any) -> str:
+    """The error of attaching to an engine."""
+    try:
+        asymcheck_torch.attach(engine, *more, url=url)
+    except (AsymCheckError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("attached")
+
+
+def attach_to_what_is_refused(rank: int, world: int, url: str) -> dict[str, str]:
+    """What attaching says to engines of other kinds, and to a version that is not known."""
+    said: dict[str, str] = {}
+    with engine_of(Setting()) as engine:
+        optimizer = torch.optim.AdamW(engine.module.parameters())
+        said["two optimizers"] = what_attach_says(engine, url, optimizer)
+        known, deepspeed.__version__ = deepspeed.__version__, "0.190.1"
+        said["version"] = what_attach_says(engine, url)
+        deepspeed.__version__ = known
+    with _pipeline() as engine:
+        said["pipeline"] = what_attach_says(engine, url)
+    with _mixture_of_experts() as engine:
+        said["experts"] = what_attach_says(engine, url)
+    for name, setting in _refused_settings(world).items():
+        with engine_of(setting) as engine:
+            said[name] = what_attach_says(engine, url)
+    return said
+
+
+def attach_to_muon(rank: int, world: int, url: str) -> str:
+    """What attaching says to an engine with Muon, for which DeepSpeed compiles something."""
+    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2}}}
+    with engine_of(Setting(2, optimizer="none", more=muon)) as engine:
+        return what_attach_says(engine, url)
+
+
+def _refused_settings(world: int) -> dict[str, Setting]:
+    half = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    return {
+        "no optimizer": Setting(optimizer="none"),
+        "secondary partitions": Setting(zero={"zero_hpz_partition_size": world}),
+        "autocast": Setting(0, more=half),
+        "autocast-3": Setting(3, more=half),
+    }
+
+
+@contextmanager
+def _pipeline() -> Iterator[Any]:
+    module = PipelineModule([nn.Linear(4, 4)], num_stages=1, loss_fn=nn.MSELoss())
+    yield from _initialized(module, module.parameters())
+
+
+@contextmanager
+def _mixture_of_experts() -> Iterator[Any]:
+    module = nn.Sequential(MoE(4, nn.Linear(4, 4), num_experts=2))
+    group = {"params": list(module.parameters()), "name": "all"}
+    yield from _initialized(module, split_params_into_different_moe_groups_for_optimizer(group))
+
+
+def _initialized(module: nn.Module, parameters: Any) -> Iterator[Any]:
+    optimizer = torch.optim.AdamW(parameters)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=Setting(1).config())
+    try:
+        yield engine
+    finally:
+        engine.destroy()

@@ -98,7 +98,6 @@ def _unknown_features(engine: Any) -> Iterator[tuple[str, bool]]:
     yield "offloading of a part of the state", getattr(zero, "partial_offload", 1.0) != 1.0
     yield "ZenFlow", _any(zero, "zenflow")
     yield "Muon", "muon" in type(engine.basic_optimizer).__name__.lower()
-    yield "1-bit optimizer", ".onebit." in type(engine.basic_optimizer).__module__
     yield "quantized weights", any(map(_is_quantized, engine.module.parameters()))
     yield "secondary partitions (hpZ)", getattr(zero, "zero_hpz_partition_size", 1) > 1
     for name, holder in (
@@ -127,10 +126,11 @@ def masters_of(zero: Any) -> Masters | None:
     if type(zero) is DeepSpeedZeroOptimizer_Stage3:  # others keep state elsewhere
         return _stage_3(zero)
     if type(zero) is DeepSpeedZeroOptimizer:
-        flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
-        return _flattened(zero, flats, groups)
+        flats, models = zero.single_partition_of_fp32_groups, zero.bit16_groups_flat
+        return _flattened(zero, flats, zero.bit16_groups, models)
     if isinstance(zero, BF16_Optimizer):
-        return _flattened(zero, zero.fp32_groups_flat_partition, zero.bf16_groups)
+        flats, models = zero.fp32_groups_flat_partition, zero.bf16_groups_flat
+        return _flattened(zero, flats, zero.bf16_groups, models)
     if isinstance(zero, FP16_UnfusedOptimizer):
         return _unfused(zero)
     raise UnsupportedStateError(
@@ -166,14 +166,23 @@ def _own_stretch(parameter: Any, share: int) -> tuple[int, int]:
     return start, min(share, numel - start)
 
 
-def _flattened(zero: Any, flats: list[torch.Tensor], groups: list[list[Any]]) -> Masters:
+def _flattened(
+    zero: Any, flats: list[torch.Tensor], groups: list[list[Any]], models: list[torch.Tensor]
+) -> Masters:
+    """The masters `flats` of this rank's parts of `models`, in which all parameters of a group lie.
+
+    DeepSpeed's own map (`_hp_mapping`) is wrong where `round_robin_gradients` reorders them.
+    """
     places: dict[int, Place] = {}
     for number, parameters in enumerate(groups):
-        for parameter in parameters:
-            fragment = parameter._hp_mapping
-            if fragment is not None:
-                master, of = fragment.hp_fragment_address, fragment.lp_fragment_address
-                places[id(parameter)] = Place(number, master.start, of.start, of.numel)
+        begin = dist.get_rank(group=zero.real_dp_process_group[number]) * flats[number].numel()
+        for parameter in filter(torch.numel, parameters):
+            first = _offset_in(models[number], parameter)
+            start = max(begin - first, 0)
+            offset = first + start - begin
+            count = min(parameter.numel() - start, flats[number].numel() - offset)
+            if count > 0:
+                places[id(parameter)] = Place(number, offset, start, count)
 
     def refresh() -> None:
         if all(zero.optimizer.state.get(flat) for flat in flats):
@@ -184,6 +193,14 @@ def _flattened(zero: Any, flats: list[torch.Tensor], groups: list[list[Any]]) ->
     numbers = list(range(len(flats)))
     parameters = [list(group) for group in groups]
     return Masters(zero.optimizer, list(flats), parameters, numbers, places, False, refresh)
+
+
+def _offset_in(flat: torch.Tensor, parameter: nn.Parameter) -> int:
+    """Where a parameter that is a view of a flat tensor begins in it."""
+    offset = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+    if not 0 <= offset <= flat.numel() - parameter.numel():
+        raise UnsupportedStateError("a parameter does not lie in DeepSpeed's flat tensor")
+    return offset
 
 
 def _unfused(zero: Any) -> Masters:

@@ -24,6 +24,7 @@ from asymcheck.snapshot import Capture
 from asymcheck.state import StateView
 from asymcheck.strategy import Strategy
 from asymcheck_torch.agreement import restore_together
+from asymcheck_torch.collectives import observe_collectives
 from asymcheck_torch.extras import named_extras
 from asymcheck_torch.modules import changes_in_forward, is_compiled, unwrap, visible
 from asymcheck_torch.optimizers import check_optimizer
@@ -61,6 +62,7 @@ def attach(
     process_group: torch.distributed.ProcessGroup | None = None,
     stall_timeout_s: float = 300.0,
     commit_timeout_s: float = 300.0,
+    keep_trace: bool = False,
 ) -> TrainingCheckpointer:
     """Checkpoint a training loop, which stays as it is.
 
@@ -86,8 +88,9 @@ def attach(
 
     With `DistributedDataParallel` all ranks attach together. Each stores its part of what all
     share, and its own generators and extra state; a checkpoint written at one world size restores
-    at any other (rank r takes those of rank r modulo the saved size). DDP's own communication is
-    not visible to hooks and counts as idle time of the backward windows.
+    at any other (rank r takes those of rank r modulo the saved size). So do the ranks of FSDP2 and
+    of DeepSpeed, each of which stores what it holds. Nothing is copied in windows while
+    collectives are under way.
 
     Compile before attaching; a compiled module is left whole and makes one window.
 
@@ -104,7 +107,7 @@ def attach(
         on_error: a failed checkpoint raises at the next call inside the loop or of this object
             ("raise"), before anything of the model changes; or it is logged ("warn").
         process_group: ranks that hold the same parameters, if `module` is no DDP.
-        stall_timeout_s, commit_timeout_s: as for `asymcheck.Checkpointer`.
+        stall_timeout_s, commit_timeout_s, keep_trace: as for `asymcheck.Checkpointer`.
 
     Raises:
         UnsupportedStateError: an optimizer with a state of its own kind.
@@ -140,6 +143,7 @@ def attach(
         run_id=world.fresh_name(),
         stall_timeout_s=stall_timeout_s,
         commit_timeout_s=commit_timeout_s,
+        keep_trace=keep_trace,
         allocate=pinned if on_cuda else page_aligned,
     )
     state = TrainingState(trained, named_extras(extra_state), world)
@@ -315,6 +319,8 @@ class TrainingCheckpointer:
         for block in blocks:
             yield from hook_windows(block, self._on_window, eager)
         yield from self.state.trained.hook_updates(self._before_update, self._after_update)
+        if self.state.world.size > 1:
+            yield observe_collectives(self._cycle.communication)
 
     def _before_forward(self, module: nn.Module, _args: Any) -> None:
         if module.training or torch.is_grad_enabled():
@@ -323,9 +329,7 @@ class TrainingCheckpointer:
                 self._begin()
 
     def _on_window(self, phase: Phase) -> None:
-        ordinal = self._cycle.open(phase, self.step)
-        if ordinal is not None and self._capture is not None:
-            self._capture.enter_window(ordinal)
+        self._cycle.open(phase, self.step)
 
     def _before_update(self) -> None:
         # From here to the end of the update nothing is due and no window counts, so forward
@@ -358,6 +362,7 @@ class TrainingCheckpointer:
             windows = self._cycle.expected
             self._capture = self.checkpointer.begin(self.step, view, windows=windows)
             self._capture.add_stall(self._held_s + view_s)
+            self._cycle.follow(self._capture)
         if not self.checkpointer.strategy.windows:
             self._finish()
 
@@ -374,6 +379,7 @@ class TrainingCheckpointer:
         capture = self._capture
         if capture is not None:
             with self._held():
+                self._cycle.follow(None)
                 capture.finish()
                 self._capture = None
                 self._block_on(capture)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from asymcheck.reader import Checkpoint
 from asymcheck_torch import rng
 from asymcheck_torch.matching import Matching
 from asymcheck_torch.modules import load_module_extra, named_buffers, stateful_names
 from asymcheck_torch.state import TrainingState
 from asymcheck_torch.stored import Stored
+
+_log = logging.getLogger("asymcheck")
 
 
 def restore_into(checkpoint: Checkpoint, training: TrainingState) -> None:
@@ -31,8 +35,10 @@ def restore_into(checkpoint: Checkpoint, training: TrainingState) -> None:
     load_module_extra(training.module, stored.module_extra)
     for extra in training.extras:
         extra.load(stored.own["extra"][extra.name])
-    if training.trained.is_updated:
+    if training.trained.is_updated and "rng" in stored.own:
         rng.restore(stored.own["rng"])
+    elif training.trained.is_updated:
+        _log.warning("step %d holds no random generators: they stay as they are", checkpoint.step)
 
 
 def _match_module(matching: Matching, stored: Stored, training: TrainingState) -> None:

@@ -86,8 +86,12 @@ class Matching:
             )
 
     def read(self) -> None:
-        """Fill all targets: contiguous CPU memory directly, the rest by way of bounded buffers."""
-        parts = {path: _part_of(path, tensor) for path, tensor in self.targets.items()}
+        """Fill all targets: contiguous CPU memory directly, the rest by way of bounded buffers.
+
+        What is tied is filled once: blocks are decoded in place, at the same time.
+        """
+        once = {identity(tensor): path for path, tensor in self.targets.items()}
+        parts = {path: _part_of(path, self.targets[path]) for path in once.values()}
         direct = {path: part for path, part in parts.items() if _is_direct(part.tensor)}
         self.checkpoint.read_into(
             destination

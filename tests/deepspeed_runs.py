@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -83,11 +84,17 @@ class Setting:
         return config | self.more
 
 
+class OwnAdamW(torch.optim.AdamW):
+    """An optimizer that a user derived from one of torch's."""
+
+
 def optimizer_of(setting: Setting, parameters: Any) -> torch.optim.Optimizer | None:
     if setting.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
     if setting.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=1e-2)
+    if setting.optimizer == "own":
+        return OwnAdamW(parameters, lr=1e-2)
     if setting.optimizer == "cpu_adam":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -289,9 +296,10 @@ def resume_unseen(rank: int, url: str, setting: Setting, warm: int) -> Any:
         return snapshot(engine), losses
 
 
-def restore(rank: int, url: str, setting: Setting, step: int = STOP) -> Any:
-    """Only restore; the state."""
+def restore(rank: int, url: str, setting: Setting, step: int = STOP, spoil: bool = False) -> Any:
+    """Only restore, after an update by infinite gradients if that is wanted; the state."""
     with engine_of(setting, seed=8) as engine:
+        train(engine, int(spoil), math.inf)
         with asymcheck_torch.attach(engine, url=url, every_steps=1000) as ckpt:
             assert ckpt.restore() == step
         return snapshot(engine)
@@ -333,6 +341,17 @@ def restore_what_does_not_fit(rank: int, url: str, setting: Setting) -> Any:
                 assert torch.equal(generator, torch.get_rng_state())
                 return type(error).__name__, str(error), before, snapshot(engine)
         raise AssertionError("restored into an engine that does not fit")
+
+
+def warnings_of_restoring(rank: int, url: str, setting: Setting) -> tuple[list[str], Any]:
+    """What restoring logs, and the schedule then."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("asymcheck").addHandler(handler)
+    state = restore(rank, url, setting)
+    logging.getLogger("asymcheck").removeHandler(handler)
+    return said, state["schedule"]
 
 
 def what_attach_says(engine: Any, url: str, *more: Any) -> str:

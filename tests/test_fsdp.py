@@ -30,6 +30,7 @@ import asymcheck  # noqa: E402
 import asymcheck_torch  # noqa: E402
 from asymcheck.errors import UnsupportedStateError  # noqa: E402
 from asymcheck.index import load_index  # noqa: E402
+from asymcheck.reader import Checkpoint  # noqa: E402
 from asymcheck.reshard import boxes_of_range  # noqa: E402
 from asymcheck.stores import open_store  # noqa: E402
 from asymcheck_torch.parts import part_of, share  # noqa: E402
@@ -154,6 +155,24 @@ def test_each_byte_is_stored_once_over_the_ranks(folder, saved, kind):
     assert {"params/frozen.weight", "params/few", "exp_avg/few"} <= set(stored)
     assert ("params/embed.weight" in stored) != ("params/head.weight" in stored)
     assert not {"exp_avg/head.weight", "exp_avg/frozen.weight"} & set(stored)
+
+
+def test_tied_weights_are_read_once(folder, saved, monkeypatch):
+    """Blocks are decoded in place and at the same time: twice into one place would be a race."""
+    filled = Counter()
+    read_into = Checkpoint.read_into
+
+    def counted(checkpoint, destinations):
+        wanted = list(destinations)
+        filled.update(each.out.ctypes.data for each in wanted if each.out.nbytes)
+        read_into(checkpoint, wanted)
+
+    monkeypatch.setattr(Checkpoint, "read_into", counted)
+    run = fsdp_runs.build("plain", seed=8)
+    with asymcheck_torch.attach(*run, url=str(folder / "fsdp"), every_steps=1000) as ckpt:
+        assert ckpt.restore() == STOP
+    assert run[0].embed.weight.data_ptr() in filled
+    assert set(filled.values()) == {1}
 
 
 MISFITS = {

@@ -104,12 +104,16 @@ class Engine:
         if saved.keys() == _plain_members(scaler).keys():
             for name, value in saved.items():
                 setattr(scaler, name, value)
-        schedule = self.found.get("lr_scheduler")
-        if schedule is not None and self.engine.lr_scheduler is not None:
-            self.engine.lr_scheduler.load_state_dict(schedule)
+        schedule, here = self.found.get("lr_scheduler"), self.engine.lr_scheduler
+        if schedule is not None and here is not None:
+            here.load_state_dict(schedule)
+        elif schedule is not None or here is not None:
+            where = "checkpoint" if here is None else "engine"
+            _log.warning("only the %s has a learning rate schedule: it is not restored", where)
 
     def _start_at(self, step: int) -> None:
         self.engine.global_steps = step
+        self.engine.skipped_steps = 0
         self.engine.global_samples = step * self.engine.train_batch_size()
         self.engine.micro_steps = step * self.engine.gradient_accumulation_steps()
         if self.engine.lr_scheduler is not None:

@@ -181,6 +181,7 @@ class Partitioned:
             matching.names(key, [each.name for each in self._trained], paths)
             if not matching.problems:
                 self._match_kind(matching, key, paths, states)
+        self._match_other(matching, record["other"], states)
 
         def apply() -> None:
             self._apply(states)
@@ -209,7 +210,7 @@ class Partitioned:
     ) -> None:
         specs = {each.name: matching.spec(paths[each.name]) for each in self._trained}
         if key == "step" or all(spec.shape == () for spec in specs.values()):
-            self._match_numbers(matching, key, paths, states)
+            self._match_numbers(matching, key, _read_numbers(matching, paths), states)
             return
         for each in self._trained:
             dtype = torch_dtype(specs[each.name].dtype, specs[each.name].path)
@@ -226,18 +227,36 @@ class Partitioned:
             return old
         return torch.zeros_like(self._masters.flats[flat].detach(), dtype=dtype)
 
+    def _match_other(
+        self,
+        matching: Matching,
+        other: Mapping[str, Mapping[Any, Any]],
+        states: dict[int, dict[str, Any]],
+    ) -> None:
+        """What is no tensor in it: a bare number is one here, too; nothing else can be."""
+        numbers: dict[str, dict[str, float]] = {}
+        for name, entry in other.items():
+            for key, value in entry.items():
+                if isinstance(value, int | float):
+                    numbers.setdefault(key, {})[name] = value
+                elif value is not None:
+                    kind = type(value).__name__
+                    matching.problems.append(f"{key} of {name!r} is a {kind} in it")
+        for key, values in numbers.items():
+            matching.names(key, [each.name for each in self._trained], values)
+            if not matching.problems:
+                self._match_numbers(matching, key, values, states)
+
     def _match_numbers(
         self,
         matching: Matching,
         key: str,
-        paths: Mapping[str, str],
+        values: Mapping[str, float],
         states: dict[int, dict[str, Any]],
     ) -> None:
         """One number for a flat tensor, so those of its parameters must be equal."""
-        primary = {name: matching.spec(path).path for name, path in paths.items()}
-        values = read_arrays(matching.checkpoint, dict.fromkeys(primary.values()))
         for each in self._trained:
-            value = np.asarray(values[primary[each.name]]).item()
+            value = values[each.name]
             first = states.setdefault(each.flat, {}).setdefault(key, value)
             if first != value:
                 matching.problems.append(
@@ -270,13 +289,25 @@ class Partitioned:
         yield self._masters.optimizer.register_step_post_hook(after_step)
 
 
+def _read_numbers(matching: Matching, paths: Mapping[str, str]) -> dict[str, float]:
+    primary = {name: matching.spec(path).path for name, path in paths.items()}
+    values = read_arrays(matching.checkpoint, dict.fromkeys(primary.values()))
+    return {name: np.asarray(values[path]).item() for name, path in primary.items()}
+
+
 def _number(optimizer: Optimizer, old: Any, value: float) -> Any:
     """A number in the form in which the optimizer keeps it: torch's in tensors, others bare."""
     if isinstance(old, torch.Tensor):
         return old.fill_(value)
-    if old is None and type(optimizer).__module__.startswith("torch."):
+    if old is None and _is_torch(optimizer):
         return torch.tensor(value, dtype=torch.float32)
     return float(value) if isinstance(old, float) else int(value)
+
+
+def _is_torch(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is one of torch's, or derived from one."""
+    modules = [each.__module__ for each in type(optimizer).__mro__ if each is not Optimizer]
+    return any(module.startswith("torch.optim.") for module in modules)
 
 
 def _is_option(key: str) -> bool:

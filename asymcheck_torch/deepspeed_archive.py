@@ -112,6 +112,7 @@ NAMES: Names = MappingProxyType(
         "torch.Size": Size,
         "collections.OrderedDict": OrderedDict,
         "builtins.getattr": Member,
+        "__builtin__.getattr": Member,  # as protocol 2 names it
     }
 )
 

@@ -645,7 +645,7 @@ def test_evil_files_are_refused_and_run_nothing(
     rewrite(model_files(source)[-1], lambda state: put(state, Evil(made)))
     code, out, err = call("import", source, tmp_path / "run", "--from=deepspeed")
     assert (code, out) == (1, "")
-    assert "pathlib.Path.touch" in err or "getattr" in err
+    assert "pathlib.Path" in err or "getattr" in err
     assert not made.exists()
     assert not (tmp_path / "run").exists()
     torch.load(model_files(source)[-1], weights_only=False)
@@ -663,7 +663,7 @@ def test_evil_optimizer_states(saved: Path, tmp_path: Path, name: str) -> None:
         state["optimizer_state_dict"]["loss_scaler"] = scaler
 
     rewrite(optimizer_files(source)[1], change)
-    assert re.search(r"Path\.touch|getattr", refusal(source))
+    assert re.search(r"pathlib\.Path|getattr", refusal(source))
     assert not made.exists()
 
 

@@ -93,6 +93,8 @@ def optimizer_of(setting: Setting, parameters: Any) -> torch.optim.Optimizer | N
         return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
     if setting.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=1e-2)
+    if setting.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=1e-2)
     if setting.optimizer == "own":
         return OwnAdamW(parameters, lr=1e-2)
     if setting.optimizer == "cpu_adam":

@@ -9,14 +9,19 @@ import torch
 import torch.distributed as dist
 from sharded_net import loss_of, parameters_of, random_tokens, seed_and_build
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch_runs import differences
 
@@ -33,14 +38,28 @@ def build(kind: str, *, groups: bool = True, width: int = 24, seed: int = 7) -> 
 
     `fsdp`; `hsdp` over a 2-D mesh (copies of shards); `low`, computing in bfloat16; `columns`,
     matrices cut along their second dimension; `offload`, parameters on the CPU; `whole`, gathered
-    from the forward to the backward pass; `ddp`; `plain`.
+    from the forward to the backward pass; `tensor` parallel in two layers; `ddp`; `plain`.
     """
     model: nn.Module = seed_and_build(width, seed)
     if kind == "ddp":
         model = DistributedDataParallel(model)
+    elif kind == "tensor":
+        _split_layers(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     elif kind != "plain":
         _shard(model, kind)
-    return model, torch.optim.AdamW(parameters_of(model, groups), lr=1e-2)
+    return model, _adamw(model, groups)
+
+
+def _adamw(model: nn.Module, groups: bool = True) -> torch.optim.AdamW:
+    kinds = {type(parameter.data) for parameter in model.parameters()}
+    foreach = None if len(kinds) == 1 else False  # torch's loops take tensors of one kind
+    return torch.optim.AdamW(parameters_of(model, groups), lr=1e-2, foreach=foreach)
+
+
+def _split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
+    by_columns = ColwiseParallel(output_layouts=Replicate())
+    by_rows = RowwiseParallel(input_layouts=Replicate())
+    parallelize_module(model, mesh, {"layers.0": by_columns, "layers.1": by_rows})
 
 
 def _shard(model: nn.Module, kind: str) -> None:
@@ -120,7 +139,7 @@ def of_all(rank: int, worker: Any, runs: Mapping[Any, Any]) -> Any:
 def save_and_go_on(rank: int, url: str, kind: str, evaluate: bool = False) -> Any:
     """Train with checkpoints to STOP, then without to TOTAL; state at both, and the losses."""
     run = build(kind)
-    torch.manual_seed(100 + rank)
+    torch.manual_seed(100 + (kind != "tensor") * rank)  # ranks that split layers share data
     with asymcheck_torch.attach(*run, url=url, max_to_keep=None) as ckpt:
         train(run, STOP, evaluate)
         assert ckpt.step == STOP
@@ -132,7 +151,7 @@ def save_and_go_on(rank: int, url: str, kind: str, evaluate: bool = False) -> An
 def resume(rank: int, url: str, kind: str, warm: int = 0, evaluate: bool = False) -> Any:
     """Restore, after `warm` updates on other data, and train to TOTAL."""
     run = build(kind, seed=8)
-    torch.manual_seed(200 + rank)
+    torch.manual_seed(200 + (kind != "tensor") * rank)
     train(run, warm)
     with asymcheck_torch.attach(*run, url=url, every_steps=1000) as ckpt:
         assert ckpt.restore() == STOP
@@ -175,13 +194,29 @@ def restore_what_does_not_fit(rank: int, url: str, options: dict[str, Any]) -> A
     raise AssertionError("restored into a model that does not fit")
 
 
-def attach_fsdp1(rank: int, url: str) -> str:
-    """What attaching to the older wrapper says."""
-    cpu = torch.device("cpu")
-    module = FullyShardedDataParallel(seed_and_build(), use_orig_params=True, device_id=cpu)
-    optimizer = torch.optim.AdamW(module.parameters())
+def what_is_refused(rank: int, url: str) -> dict[str, str]:
+    """What attaching to, or training, what cannot be stored says on four ranks."""
+    module = FullyShardedDataParallel(
+        seed_and_build(), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    said = {"fsdp1": _error_of(nn.Sequential(module), url)}
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    module = seed_and_build()
+    _split_layers(module, square["model"])
+    for layer in (*module.layers, module):
+        fully_shard(layer, mesh=square["data"])
+    said["meshes"] = _error_of(module, url)
+    said["strides"] = _error_of(module, url, dist.group.WORLD)
+    module = fully_shard(seed_and_build(), mesh=square["data"])
+    said["twice"] = _error_of(module, url, dist.group.WORLD)
+    return said
+
+
+def _error_of(module: nn.Module, url: str, group: Any = None) -> str:
+    run = module, _adamw(module)
     try:
-        asymcheck_torch.attach(nn.Sequential(module), optimizer, url=url)
+        with asymcheck_torch.attach(*run, url=url, process_group=group):
+            train(run, 2)
     except AsymCheckError as error:
-        return str(error)
-    raise AssertionError("attached")
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("saved")

@@ -58,6 +58,7 @@ _ON_CPU = {"device": "cpu"}
 OTHER = {
     "sgd-3": Setting(optimizer="sgd"),
     "sgd-2": Setting(2, optimizer="sgd"),
+    "adafactor": Setting(2, optimizer="adafactor"),
     "own": Setting(optimizer="own"),
     "configured": Setting(optimizer="configured"),
     "persistent": Setting(zero=_ALWAYS_GATHERED),

@@ -28,7 +28,7 @@ from torch_runs import differences, raw  # noqa: E402
 
 import asymcheck  # noqa: E402
 import asymcheck_torch  # noqa: E402
-from asymcheck.errors import UnsupportedStateError  # noqa: E402
+from asymcheck.errors import CheckpointNotFoundError, UnsupportedStateError  # noqa: E402
 from asymcheck.index import load_index  # noqa: E402
 from asymcheck.reader import Checkpoint  # noqa: E402
 from asymcheck.reshard import boxes_of_range  # noqa: E402
@@ -36,7 +36,7 @@ from asymcheck.stores import open_store  # noqa: E402
 from asymcheck_torch.parts import part_of, share  # noqa: E402
 from asymcheck_torch.world import World  # noqa: E402
 
-KINDS = ["fsdp", "low", "columns", "offload", "whole", "ddp"]  # of two ranks
+KINDS = ["fsdp", "low", "columns", "offload", "whole", "tensor", "ddp"]  # of two ranks
 WARM = 2  # updates of something else before restoring
 
 
@@ -92,9 +92,27 @@ def _with_buffers_of_rank_0(kind, state, saved):
 
 
 RESHARDED = {
-    1: [("fsdp", "fsdp"), ("fsdp", "plain"), ("hsdp", "plain"), ("columns", "plain")],
-    2: [("hsdp", "fsdp"), ("ddp", "fsdp"), ("ddp", "columns"), ("fsdp", "ddp"), ("columns", "low")],
-    3: [("fsdp", "fsdp"), ("columns", "fsdp"), ("ddp", "fsdp"), ("hsdp", "ddp")],
+    1: [
+        ("fsdp", "fsdp"),
+        ("fsdp", "plain"),
+        ("hsdp", "plain"),
+        ("columns", "plain"),
+        ("tensor", "plain"),
+    ],
+    2: [
+        ("hsdp", "tensor"),
+        ("ddp", "fsdp"),
+        ("ddp", "columns"),
+        ("fsdp", "ddp"),
+        ("columns", "low"),
+    ],
+    3: [
+        ("fsdp", "fsdp"),
+        ("tensor", "fsdp"),
+        ("columns", "fsdp"),
+        ("ddp", "fsdp"),
+        ("hsdp", "ddp"),
+    ],
     4: [("fsdp", "fsdp"), ("fsdp", "hsdp"), ("columns", "hsdp"), ("hsdp", "columns")],
 }
 
@@ -214,10 +232,21 @@ def test_restore_right_after_an_evaluation(folder, saved):
         assert losses_again == losses
 
 
-def test_fsdp1_is_refused(folder):
-    for message in start(fsdp_runs.attach_fsdp1, folder / "fsdp1", str(folder / "never")):
-        assert "FullyShardedDataParallel (FSDP1)" in message
-        assert "fully_shard" in message
+REFUSED = {
+    "fsdp1": ["UnsupportedStateError", "FullyShardedDataParallel (FSDP1)", "fully_shard"],
+    "meshes": ["UnsupportedStateError", "sharded over several meshes"],
+    "strides": ["UnsupportedStateError", "_StridedShard", "leaf params/layers.0.weight"],
+    "twice": ["SaveFailedError", "elements of a leaf are missing or stored twice"],
+}
+
+
+def test_what_cannot_be_stored_once_is_refused_on_all_ranks(folder):
+    url = str(folder / "never")
+    for said in start(fsdp_runs.what_is_refused, folder / "refused", url, world=4):
+        for name, parts in REFUSED.items():
+            assert all(part in said[name] for part in parts), said[name]
+    with pytest.raises(CheckpointNotFoundError):
+        asymcheck.open_checkpoint(url)
 
 
 # -- parts of DTensors ---------------------------------------------------------------------

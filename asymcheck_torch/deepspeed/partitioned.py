@@ -307,7 +307,7 @@ def _number(optimizer: Optimizer, old: Any, value: float) -> Any:
 def _is_torch(optimizer: Optimizer) -> bool:
     """Whether an optimizer is one of torch's, or derived from one."""
     modules = [each.__module__ for each in type(optimizer).__mro__ if each is not Optimizer]
-    return any(module.startswith("torch.optim.") for module in modules)
+    return any(module.startswith("torch.") for module in modules)
 
 
 def _is_option(key: str) -> bool:

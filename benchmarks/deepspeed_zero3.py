@@ -69,7 +69,14 @@ class Saver:
         self._args, self._engine = args, engine
         self._checkpointer: Any = None
         self._future: Any = None
+        self._group: Any = None
         self.stall_s: list[float] = []
+        if args.variant == "dcp-async":
+            import torch.distributed as dist
+
+            # Its collectives run on a thread of their own: on training's group they would meet
+            # those of training in another order on every rank.
+            self._group = dist.new_group(backend="gloo")
         if args.variant.startswith("asymcheck"):
             import asymcheck_torch
 
@@ -92,7 +99,9 @@ class Saver:
         if self._future is not None:
             self._future.result()
         path = self._args.directory / f"step{step % 2}"
-        self._future = dcp.async_save(dcp_state(self._engine), checkpoint_id=path)
+        self._future = dcp.async_save(
+            dcp_state(self._engine), checkpoint_id=path, process_group=self._group
+        )
 
     def finish(self) -> dict[str, Any]:
         if self._future is not None:

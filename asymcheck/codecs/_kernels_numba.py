@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from asymcheck.codecs.kernels import Bytes, Words
+from asymcheck.codecs.kernels import Bytes, Floats, Formula, Words
 
 _numba: Any = importlib.import_module("numba")  # has no types
+_extending: Any = importlib.import_module("numba.extending")
 Loop = Callable[..., None]
 
 
@@ -31,11 +33,12 @@ def _array(dtype: Any, *, readonly: bool) -> Any:
 
 def _compile(loop: Loop, *argument_types: Any) -> Loop:
     signature = _numba.void(*argument_types)
+    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return _numba.njit(signature, nogil=True, cache=True)(loop)
+        return _numba.njit(signature, cache=True, **options)(loop)
     except RuntimeError as error:  # no directory to write the cache to
         logging.info("numba compiles in every process anew: %s", error)
-        return _numba.njit(signature, nogil=True)(loop)
+        return _numba.njit(signature, **options)(loop)
 
 
 @functools.cache
@@ -103,6 +106,73 @@ def _plane_arrays(width: int) -> Any:
     return _numba.types.UniTuple(_array(np.uint8, readonly=True), width)
 
 
+@functools.cache
+def _compute(formula: Formula, constants: int) -> Loop:
+    """The loop of a formula. What is compiled is kept on disk for as long as its code is the same:
+    numba looks at the values of the closure, so `version` has to be used in it."""
+    inline = _extending.register_jitable(formula)
+    code = formula.__code__
+    version = np.uint32(zlib.crc32(code.co_code + repr(code.co_consts).encode()) >> 1)
+    never = np.uint32(1 << 31)
+    bits = np.uint32
+
+    def compute_1(k: Any, inputs: Any, otherwise: Any, words: Any) -> None:  # pragma: no cover
+        (a,) = inputs
+        for i in range(words.size if version < never else 0):
+            p = np.float32(inline(k, a[i]))
+            words[i] = p.view(bits) if p == p else otherwise[i]
+
+    def compute_2(k: Any, inputs: Any, otherwise: Any, words: Any) -> None:  # pragma: no cover
+        a, b = inputs
+        for i in range(words.size if version < never else 0):
+            p = np.float32(inline(k, a[i], b[i]))
+            words[i] = p.view(bits) if p == p else otherwise[i]
+
+    def compute_3(k: Any, inputs: Any, otherwise: Any, words: Any) -> None:  # pragma: no cover
+        a, b, c = inputs
+        for i in range(words.size if version < never else 0):
+            p = np.float32(inline(k, a[i], b[i], c[i]))
+            words[i] = p.view(bits) if p == p else otherwise[i]
+
+    arity = code.co_argcount - 1
+    return _compile(
+        (compute_1, compute_2, compute_3)[arity - 1],
+        _numba.types.UniTuple(_numba.float32, constants),
+        _numba.types.UniTuple(_array(np.float32, readonly=True), arity),
+        _array(np.uint32, readonly=True),
+        _array(np.uint32, readonly=False),
+    )
+
+
+@functools.cache
+def _fold() -> Loop:
+    sign, one = np.uint32(31), np.uint32(1)
+    magnitude = np.uint32((1 << 31) - 1)
+
+    def fold(words: Any, shift: Any, folded: Any) -> None:  # pragma: no cover
+        for i in range(words.size):
+            x = words[i]
+            folded[i] = ((x & magnitude) >> shift) << one | x >> sign
+
+    return _compile(
+        fold, _array(np.uint32, readonly=True), _numba.uint32, _array(np.uint32, readonly=False)
+    )
+
+
+@functools.cache
+def _unfold() -> Loop:
+    sign, one = np.uint32(31), np.uint32(1)
+
+    def unfold(folded: Any, shift: Any, words: Any) -> None:  # pragma: no cover
+        for i in range(words.size):
+            x = folded[i]
+            words[i] = (x >> one) << shift | (x & one) << sign
+
+    return _compile(
+        unfold, _array(np.uint32, readonly=True), _numba.uint32, _array(np.uint32, readonly=False)
+    )
+
+
 class NumbaKernels:
     """`Kernels` in numba."""
 
@@ -121,3 +191,23 @@ class NumbaKernels:
     def merge_difference(self, planes: Sequence[Bytes], words: Words) -> None:
         """See `Kernels.merge_difference`."""
         _merge_difference(words.dtype.type)(tuple(planes), words)
+
+    def compute(
+        self,
+        formula: Formula,
+        constants: tuple[Any, ...],
+        inputs: Sequence[Floats],
+        otherwise: Words,
+        words: Words,
+    ) -> None:
+        """See `Kernels.compute`."""
+        k = constants or (np.float32(0),)  # numba has no type for the elements of ()
+        _compute(formula, len(k))(k, tuple(inputs), otherwise, words)
+
+    def fold(self, words: Words, shift: int, folded: Words) -> None:
+        """See `Kernels.fold`."""
+        _fold()(words, np.uint32(shift), folded)
+
+    def unfold(self, folded: Words, shift: int, words: Words) -> None:
+        """See `Kernels.unfold`."""
+        _unfold()(folded, np.uint32(shift), words)

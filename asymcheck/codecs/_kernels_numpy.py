@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from asymcheck.codecs.kernels import Bytes, Words
+from asymcheck.codecs.kernels import Bytes, Floats, Formula, Words
 
 _BLOCK_WORDS = 1 << 16  # temporaries that stay in the second-level cache
 
@@ -67,3 +68,31 @@ class NumpyKernels:
             zigzag = np.empty_like(words[block])
             self.merge([plane[block] for plane in planes], zigzag)
             words[block] += _unzigzag(zigzag)
+
+    def compute(
+        self,
+        formula: Formula,
+        constants: tuple[Any, ...],
+        inputs: Sequence[Floats],
+        otherwise: Words,
+        words: Words,
+    ) -> None:
+        """See `Kernels.compute`."""
+        with np.errstate(all="ignore"):
+            for block in _blocks(words.size):
+                p: Floats = formula(constants, *(each[block] for each in inputs))
+                words[block] = np.where(p == p, p.view(np.uint32), otherwise[block])
+
+    def fold(self, words: Words, shift: int, folded: Words) -> None:
+        """See `Kernels.fold`."""
+        for block in _blocks(words.size):
+            x = words[block]
+            magnitude = (x & np.uint32((1 << 31) - 1)) >> np.uint32(shift)
+            folded[block] = (magnitude << np.uint32(1)) | (x >> np.uint32(31))
+
+    def unfold(self, folded: Words, shift: int, words: Words) -> None:
+        """See `Kernels.unfold`."""
+        for block in _blocks(words.size):
+            x = folded[block]
+            magnitude = (x >> np.uint32(1)) << np.uint32(shift)
+            words[block] = magnitude | ((x & np.uint32(1)) << np.uint32(31))

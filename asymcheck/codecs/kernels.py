@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.unsignedinteger[Any]]
 """Elements as little-endian unsigned integers of 1, 2, 4 or 8 bytes, of any alignment."""
+Floats = NDArray[np.float32]
+Formula = Callable[..., Any]
+"""(constants, *inputs) -> float32, elementwise; see `asymcheck.codecs.rules.base`."""
 
 
 class Kernels(Protocol):
-    """The four loops. n is the number of words, w their width in bytes.
+    """The loops. n is the number of words, w their width in bytes.
 
     Byte k of word i is byte i of plane k: plane 0 holds the least significant bytes.
     """
@@ -46,6 +49,29 @@ class Kernels(Protocol):
 
     def merge_difference(self, planes: Sequence[Bytes], words: Words) -> None:
         """Inverse of `split_difference`, in place: `words` holds old before and new after."""
+        ...
+
+    def compute(
+        self,
+        formula: Formula,
+        constants: tuple[Any, ...],
+        inputs: Sequence[Floats],
+        otherwise: Words,
+        words: Words,
+    ) -> None:
+        """Write the bit patterns of formula(constants, *inputs) to `words` (4 bytes each).
+
+        Where the result is NaN, whose bits differ between processors, those of `otherwise`.
+        `words` may be the memory of `otherwise` or of an input.
+        """
+        ...
+
+    def fold(self, words: Words, shift: int, folded: Words) -> None:
+        """The sign of each float32 into the lowest bit, the magnitude without `shift` low bits."""
+        ...
+
+    def unfold(self, folded: Words, shift: int, words: Words) -> None:
+        """Inverse of `fold`; the low bits become zero. May work in place."""
         ...
 
 

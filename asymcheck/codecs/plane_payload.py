@@ -42,12 +42,12 @@ _MATCHING: _zstd.Preset = _zstd.at_level(1)
 
 def encode(words: Words) -> memoryview:
     """The payload of `words`."""
-    return _encode(words, lambda planes: kernels().split(words, planes))
+    return _encode(words, lambda planes: kernels().split(words, planes), b"")
 
 
-def encode_difference(new: Words, old: Words) -> memoryview:
-    """The payload of the differences of the bit patterns, zigzag(new − old)."""
-    return _encode(new, lambda planes: kernels().split_difference(new, old, planes))
+def encode_difference(new: Words, old: Words, prefix: bytes = b"") -> memoryview:
+    """The payload of the differences of the bit patterns, zigzag(new − old); after `prefix`."""
+    return _encode(new, lambda planes: kernels().split_difference(new, old, planes), prefix)
 
 
 def decode(payload: memoryview, words: Words) -> None:
@@ -73,12 +73,14 @@ def _header_bytes(width: int) -> int:
     return 1 + width * _PLANE.size
 
 
-def _encode(words: Words, split: Callable[[Bytes], None]) -> memoryview:
+def _encode(words: Words, split: Callable[[Bytes], None], prefix: bytes) -> memoryview:
     """The planes are split to where they stay if they are raw, and only coded ones moved."""
-    header = _header_bytes(words.itemsize)
+    begin = len(prefix)
+    header = begin + _header_bytes(words.itemsize)
     out = np.empty(header + words.nbytes, np.uint8)
+    out[:begin] = np.frombuffer(prefix, np.uint8)
     split(out[header:])
-    end = _code_planes(out, words.itemsize, words.size)
+    end = begin + _code_planes(out[begin:], words.itemsize, words.size)
     out.resize(end, refcheck=False)  # no view of `out` is left; gives the unused end back
     return out.data
 

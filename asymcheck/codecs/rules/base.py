@@ -1,0 +1,110 @@
+"""What an update rule is: formulas that give the new state from the old one and the gradient.
+
+Formulas are elementwise, in float32 and float64 of IEEE 754 with rounding to nearest, each
+operation rounded by itself in the order written, so that every machine gives the same bits. They
+are plain functions that work on scalars and on arrays alike: numba compiles their loops, NumPy runs
+them as they are. Where an optimizer uses a fused multiply-add, the formula takes the exact product
+of two float32 in float64, adds in float64 and rounds once more (`fused`): equal to the fused
+operation but for cases so rare that they do not matter to a prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+f32: Any = np.float32
+f64: Any = np.float64
+
+Constants = tuple[Any, ...]
+"""float32 numbers."""
+
+Numbers = Mapping[str, float]
+"""Hyperparameters by name."""
+
+Formula = Callable[..., Any]
+"""(constants, *inputs) -> float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way in which optimizers compute a quantity.
+
+    Attributes:
+        inputs: what `compute` takes after the constants: roles (old values), roles with a prime
+            (new values, of roles decoded before this one), `gradient`.
+        compute: the formula.
+        constants: what it takes of the hyperparameters.
+    """
+
+    inputs: tuple[str, ...]
+    compute: Formula
+    constants: Callable[[Numbers], tuple[float, ...]]
+
+    def constants_of(self, numbers: Numbers) -> Constants:
+        """The constants in float32; too large ones become infinite."""
+        with np.errstate(all="ignore"):
+            return tuple(f32(value) for value in self.constants(numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class MomentForm:
+    """A first moment from the gradient, and the gradient back from two successive moments.
+
+    Both formulas take the same constants: `forward` (constants, gradient, old), `inverse`
+    (constants, new, old).
+    """
+
+    forward: Formula
+    inverse: Formula
+    constants: Callable[[Numbers], tuple[float, ...]]
+
+    def constants_of(self, numbers: Numbers) -> Constants:
+        """The constants in float32."""
+        with np.errstate(all="ignore"):
+            return tuple(f32(value) for value in self.constants(numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """An optimizer.
+
+    Attributes:
+        id: its name in manifests.
+        numbers: the hyperparameters that it takes, all finite.
+        moment: the role of the state that the gradient is found from.
+        moments: the forms of that.
+        forms: of all other roles, in the order in which they are decoded.
+        reference: about the size of the gradient, from old values.
+    """
+
+    id: str
+    numbers: tuple[str, ...]
+    moment: str
+    moments: tuple[MomentForm, ...]
+    forms: Mapping[str, tuple[Form, ...]]
+    reference: Form
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What the rule needs of a parameter."""
+        return (self.moment, *self.forms)
+
+
+def no_constants(_numbers: Numbers) -> tuple[float, ...]:
+    """For formulas without any."""
+    return ()
+
+
+def power(base: float, exponent: float) -> float:
+    """base ** exponent for a whole exponent >= 0, by products: the same bits on every machine."""
+    result, square, rest = 1.0, base, max(0, int(exponent))
+    while rest:
+        if rest & 1:
+            result *= square
+        square *= square
+        rest >>= 1
+    return result

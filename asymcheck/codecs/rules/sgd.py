@@ -1,0 +1,83 @@
+"""SGD with momentum, as torch and optax compute it.
+
+Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013.
+With b the momentum buffer, w the weight, g the gradient (its L2 term included):
+
+    b' = momentum b + (1 − dampening) g        w' = w − lr (b', or with Nesterov g + momentum b')
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from asymcheck.codecs.rules.base import (
+    Constants,
+    Form,
+    MomentForm,
+    Numbers,
+    Rule,
+    f32,
+    f64,
+    no_constants,
+)
+
+
+def _buffer(k: Constants, g: Any, b: Any) -> Any:
+    return k[0] * b + k[1] * g
+
+
+def _buffer_fused(k: Constants, g: Any, b: Any) -> Any:
+    return f32(f64(k[0]) * f64(b) + f64(k[1] * g))
+
+
+def _buffer_inverse(k: Constants, new: Any, old: Any) -> Any:
+    return f32((f64(new) - f64(k[0]) * f64(old)) / f64(k[1]))
+
+
+def _weight(k: Constants, w: Any, b: Any) -> Any:
+    return w + k[0] * b
+
+
+def _weight_fused(k: Constants, w: Any, b: Any) -> Any:
+    return f32(f64(k[0]) * f64(b) + f64(w))
+
+
+def _weight_nesterov(k: Constants, w: Any, b: Any, g: Any) -> Any:
+    return f32(f64(k[0]) * f64(f32(f64(k[1]) * f64(b) + f64(g))) + f64(w))
+
+
+def _magnitude(_k: Constants, b: Any) -> Any:
+    return np.abs(b)
+
+
+def _of_buffer(numbers: Numbers) -> tuple[float, ...]:
+    return numbers["momentum"], 1 - numbers["dampening"]
+
+
+def _of_weight(numbers: Numbers) -> tuple[float, ...]:
+    return (-numbers["lr"],)
+
+
+def _of_nesterov(numbers: Numbers) -> tuple[float, ...]:
+    return -numbers["lr"], numbers["momentum"]
+
+
+SGD = Rule(
+    "sgd",
+    ("lr", "momentum", "dampening", "l2"),
+    "first",
+    (
+        MomentForm(_buffer, _buffer_inverse, _of_buffer),
+        MomentForm(_buffer_fused, _buffer_inverse, _of_buffer),
+    ),
+    {
+        "weight": (
+            Form(("weight", "first'"), _weight_fused, _of_weight),
+            Form(("weight", "first'"), _weight, _of_weight),
+            Form(("weight", "first'", "gradient"), _weight_nesterov, _of_nesterov),
+        )
+    },
+    Form(("first",), _magnitude, no_constants),
+)

@@ -15,15 +15,16 @@ from asymcheck.manifest import Blocks, CodecUse, Manifest, Pack, pack_key
 from asymcheck.pack import OpenPack, Slot
 from asymcheck.plan import Plan, Unit
 from asymcheck.policy import Decision
+from asymcheck.state import Update
 
 
 @dataclass
 class Attempt:
     """The state of one step's save; shared by the threads that work on it.
 
-    `name` is unique for the run and equal on all its writers. `base_step` is the step whose
-    bytes its increments need, None for a base. `predecessor_encoded` is set when the blocks of the
-    attempt before are in the reference.
+    `name` is unique for the run and equal on all its writers. `updates` are those that made the
+    state, by group. `base_step` is the step whose bytes its increments need, None for a base.
+    `predecessor_encoded` is set when the blocks of the attempt before are in the reference.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Attempt:
     plan: Plan
     structure: tree.Node
     metadata: Mapping[str, Any]
+    updates: Mapping[str, Update]
     base_step: int | None
     predecessor_encoded: threading.Event | None
     pack_nbytes: int

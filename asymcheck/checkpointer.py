@@ -284,6 +284,7 @@ class Checkpointer:
             plan=plan,
             structure=view.structure,
             metadata=metadata if self._writer == 0 else {},
+            updates=view.updates,
             base_step=self._increments.base_of(step, number, plan, pipeline),
             predecessor_encoded=self._last.encoded if self._last is not None else None,
             pack_nbytes=pipeline.pack_nbytes(plan.nbytes)
@@ -298,12 +299,8 @@ class Checkpointer:
     ) -> Plan:
         chosen = self._windows(windows)
         plan = self._plan
-        if (
-            plan is None
-            or chosen != self._planned_windows
-            or plan.signature != signature_of(view.sources, view.aliases)
-        ):
-            plan = make_plan(view.sources, view.aliases, chosen, pipeline.buffer_nbytes)
+        if plan is None or chosen != self._planned_windows or plan.signature != signature_of(view):
+            plan = make_plan(view, chosen, pipeline.buffer_nbytes)
             self._plan, self._planned_windows = plan, chosen
         return plan
 

@@ -162,6 +162,7 @@ _PRIOR_COSTS = {
     "encode:plane": Line(35e-6, 1 / 2.3e9),
     "encode:delta": Line(35e-6, 1 / 1.45e9),
     "encode:zstd": Line(35e-6, 1 / 0.65e9),
+    "encode:replay": Line(500e-6, 1 / 1.0e9),
 }
 _PRIOR_ENCODE = Line(35e-6, 1 / 0.5e9)
 
@@ -176,6 +177,10 @@ _PRIOR_RATIOS = {
     ("delta", "exp_avg", "float32"): 0.821,
     ("delta", "exp_avg_sq", "float32"): 0.677,
     ("zstd", "params", "float32"): 0.927,
+    ("replay", "params", "float32"): 0.03,
+    ("replay", "exp_avg", "float32"): 0.5,  # .34 if gradients are of low precision, .82 if not
+    ("replay", "exp_avg_sq", "float32"): 0.03,
+    ("replay", "momentum_buffer", "float32"): 0.5,
 }
 # Other kinds of leaves of these dtypes: as the parameters in a full snapshot, whatever the codec.
 _PRIOR_RATIOS_OF_DTYPE = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from asymcheck.attempt import Attempt
 from asymcheck.buffers import Buffer, BufferPool
 from asymcheck.codecs import codec_by_name, warm_up
 from asymcheck.codecs.base import Codec, Column
+from asymcheck.codecs.replay import ReplayCodec
 from asymcheck.cost import CostModel
 from asymcheck.flush import FlushQueue
 from asymcheck.pack import OpenPack, PackBuilder, Slot
@@ -151,6 +153,8 @@ class Encoder:
         self._reference: Reference | None = None
         self._decided: dict[tuple[str, str], Codec] = {}
         self._decided_partition = -1
+        self._replays = False  # units of that partition that may be replayed
+        self._replayed: dict[tuple[int, tuple[str, ...]], ReplayCodec] = {}
         self._packer.start()
         if not isinstance(policy, Never):
             self._executor.submit(warm_up)
@@ -161,6 +165,7 @@ class Encoder:
         """Start an attempt; the one before has had its `end`."""
         self._reference = reference
         self._decided_partition = -1
+        self._replayed = {}
         self._raw_packs = PackBuilder(self._capture_pool, attempt.pack_nbytes)
         self._staging = PackBuilder(self._capture_pool, self._capture_pool.buffer_nbytes)
 
@@ -173,7 +178,7 @@ class Encoder:
         if unit.partition != self._decided_partition:
             self._decide(attempt, unit.partition)
         plan = attempt.plan
-        codecs = [self._decided[plan.classes[source]] for source in unit.sources]
+        codecs = self._codecs_of(attempt, unit)
         sizes = [unit.count * plan.itemsizes[source] for source in unit.sources]
         coding_nbytes = sum(n for n, c in zip(sizes, codecs, strict=True) if c is not self._raw)
         sealed: list[OpenPack] = []
@@ -228,12 +233,36 @@ class Encoder:
     def _decide(self, attempt: Attempt, partition: int) -> None:
         self._decided_partition = partition
         self._decided = {}
-        for (kind, dtype), nbytes in attempt.plan.partitions[partition].nbytes_by_class.items():
-            has_base = attempt.base_step is not None
-            request = PolicyRequest(nbytes, kind, dtype, has_base, self._cost)
-            decision = self._policy.decide(request)
+        place = attempt.plan.partitions[partition]
+        has_base = attempt.base_step is not None
+        replayed = [
+            PolicyRequest(nbytes, kind, dtype, True, self._cost)
+            for (kind, dtype), nbytes in place.replayed_by_class.items()
+        ]
+        replay = self._policy.decide_replay(replayed) if has_base and replayed else None
+        self._replays = replay is not None
+        totals = Counter(place.nbytes_by_class)
+        if replay is None:
+            totals.update(place.replayed_by_class)
+        else:
+            for request in replayed:
+                attempt.decided(partition, request.kind, request.dtype, request.nbytes, replay)
+        for (kind, dtype), nbytes in totals.items():
+            decision = self._policy.decide(PolicyRequest(nbytes, kind, dtype, has_base, self._cost))
             self._decided[kind, dtype] = self._codec(decision.codec)
             attempt.decided(partition, kind, dtype, nbytes, decision)
+
+    def _codecs_of(self, attempt: Attempt, unit: Unit) -> Sequence[Codec]:
+        """The codec for each source of a unit."""
+        plan = attempt.plan
+        if not (unit.replays and self._replays):
+            return [self._decided[plan.classes[source]] for source in unit.sources]
+        update = attempt.updates[plan.groups[unit.sources[0]]]
+        roles = tuple(plan.roles[source] for source in unit.sources)
+        key = id(update), roles  # the attempt keeps the update
+        if key not in self._replayed:
+            self._replayed[key] = ReplayCodec(update.rule, roles, update.numbers)
+        return [self._replayed[key]] * len(unit.sources)
 
     def _codec(self, name: str) -> Codec:
         if name not in self._codecs:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from asymcheck.attempt import Attempt
 from asymcheck.encode import MIN_CAPTURE_BUFFERS
 from asymcheck.pipeline import Pipeline
-from asymcheck.plan import Plan
+from asymcheck.plan import Class, Plan
 from asymcheck.policy import CompressionPolicy
 from asymcheck.reference import Reference
 
@@ -103,7 +104,9 @@ class Increments:
             return False
         if self._max_chain == 0:
             return False
-        return self._policy.wants_base(_nbytes_by_class(plan), pipeline.cost)
+        others = _summed(partition.nbytes_by_class for partition in plan.partitions)
+        replayed = _summed(partition.replayed_by_class for partition in plan.partitions)
+        return self._policy.wants_base(others, replayed, pipeline.cost)
 
     def _warn(self, plan: Plan, pipeline: Pipeline) -> None:
         if self._warned_about != plan.signature:
@@ -116,8 +119,8 @@ class Increments:
             )
 
 
-def _nbytes_by_class(plan: Plan) -> dict[tuple[str, str], int]:
-    totals: Counter[tuple[str, str]] = Counter()
-    for partition in plan.partitions:
-        totals.update(partition.nbytes_by_class)
-    return dict(totals)
+def _summed(parts: Iterable[Mapping[Class, int]]) -> Mapping[Class, int]:
+    totals: Counter[Class] = Counter()
+    for part in parts:
+        totals.update(part)
+    return totals

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from asymcheck.codecs.replay import COPY, OTHER, fits
+from asymcheck.codecs.rules import RULES
 from asymcheck.errors import UnsupportedStateError
 from asymcheck.manifest import MAX_BLOCK_NBYTES, MAX_RANK, MAX_TEXT, Leaf, Shard
 from asymcheck.partition import (
@@ -16,38 +18,52 @@ from asymcheck.partition import (
     Window,
     plan_partitions,
 )
-from asymcheck.state import LeafSource, LeafSpec, ShardSpec
+from asymcheck.state import LeafSource, LeafSpec, ShardSpec, StateView, Update, role_of
 
 BLOCK_NBYTES = 4 << 20
 """Largest block of one leaf: small enough for the cache, large enough to amortise Python."""
+_REPLAYED_FROM_ELEMENTS = 8192  # to find out how to predict fewer takes longer than storing them
+
+
+Class = tuple[str, str]
+"""Kind and dtype of leaves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A step of capturing: the same elements of co-located sources; one block for each source."""
+    """A step of capturing: the same elements of co-located sources; one block for each source.
+
+    `replays`: the update that made them is known, so that they may be coded by replaying it.
+    """
 
     partition: int
     sources: tuple[int, ...]
     start: int
     count: int
+    replays: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PartitionPlace:
-    """Where a partition stands in the cycle, and its bytes by leaf kind and dtype."""
+    """Where a partition stands in the cycle, and its bytes by leaf kind and dtype.
+
+    `replayed_by_class`: those in units that may be replayed; `nbytes_by_class`: all others.
+    """
 
     ordinal: int
     phase: Phase
     window: int
     nbytes: int
-    nbytes_by_class: Mapping[tuple[str, str], int]
+    nbytes_by_class: Mapping[Class, int]
+    replayed_by_class: Mapping[Class, int]
 
 
 @dataclass(frozen=True)
 class Plan:
     """The schedule of a snapshot, down to the units, with the tables of its manifest.
 
-    `specs`, `itemsizes` (bytes), `classes` (kind, dtype) and `owned` are by source.
+    `specs`, `itemsizes` (bytes), `classes` (kind, dtype), `owned`, `groups` and `roles` (in the
+    update of the group) are by source.
     """
 
     signature: tuple[object, ...]
@@ -56,31 +72,27 @@ class Plan:
     shards: list[Shard]
     specs: tuple[LeafSpec, ...]
     itemsizes: tuple[int, ...]
-    classes: tuple[tuple[str, str], ...]
+    classes: tuple[Class, ...]
     owned: tuple[tuple[int, int], ...]
+    groups: tuple[str, ...]
+    roles: tuple[str, ...]
     partitions: tuple[PartitionPlace, ...]
     units: tuple[Unit, ...]
     block_count: int
 
 
-def signature_of(
-    sources: Sequence[LeafSource], aliases: Mapping[str, Sequence[str]]
-) -> tuple[object, ...]:
+def signature_of(view: StateView) -> tuple[object, ...]:
     """Equal for views that the same plan serves."""
-    parts = tuple((s.leaf, s.shard, s.group, s.owned) for s in sources)
-    return (parts, tuple((path, tuple(others)) for path, others in aliases.items()))
+    parts = tuple((s.leaf, s.shard, s.group, s.owned) for s in view.sources)
+    aliases = tuple((path, tuple(others)) for path, others in view.aliases.items())
+    return parts, aliases, tuple((g, u.rule, u.roles) for g, u in view.updates.items())
 
 
-def make_plan(
-    sources: Sequence[LeafSource],
-    aliases: Mapping[str, Sequence[str]],
-    windows: Sequence[Window],
-    max_unit_nbytes: int,
-) -> Plan:
+def make_plan(view: StateView, windows: Sequence[Window], max_unit_nbytes: int) -> Plan:
     """Schedule a view's sources over windows.
 
     Args:
-        sources, aliases: of the `StateView`.
+        view: what is to be stored.
         windows: the cycle's windows in order of time.
         max_unit_nbytes: bound on the bytes of one unit (a host buffer).
 
@@ -88,18 +100,25 @@ def make_plan(
         UnsupportedStateError: two leaves have the same path, or a leaf exceeds the format's
             limits, or one element the host memory.
     """
+    sources, aliases = view.sources, view.aliases
     specs = list(dict.fromkeys(s.leaf for s in sources))
     _check_leaves(specs, aliases)
     _check_boxes(sources)
     groups = _groups(sources)
     schedule = plan_partitions(groups, windows)
     ordinals = {(w.phase, w.index): i for i, w in enumerate(windows)}
+    roles = tuple(_role(source, view.updates) for source in sources)
+    replayed = [_is_replayed(group, sources, roles, view.updates) for group in groups]
     units: list[Unit] = []
     for partition in schedule.partitions:
         for piece in partition.pieces:
-            units.extend(_units(sources, schedule, partition.index, piece, max_unit_nbytes))
+            for unit in _units(sources, schedule, partition.index, piece, max_unit_nbytes):
+                replays = replayed[piece.group] and unit.count >= _REPLAYED_FROM_ELEMENTS
+                units.append(replace(unit, replays=True) if replays else unit)
+    replayed_by_class = _by_class(sources, [unit for unit in units if unit.replays])
+    others_by_class = _by_class(sources, [unit for unit in units if not unit.replays])
     return Plan(
-        signature=signature_of(sources, aliases),
+        signature=signature_of(view),
         nbytes=schedule.nbytes,
         leaves=[_leaf(spec, aliases.get(spec.path, ())) for spec in specs],
         shards=_shards(sources, {spec: i for i, spec in enumerate(specs)}),
@@ -107,13 +126,16 @@ def make_plan(
         itemsizes=tuple(s.leaf.itemsize for s in sources),
         classes=tuple((s.leaf.kind, s.leaf.dtype) for s in sources),
         owned=tuple(s.owned for s in sources),
+        groups=tuple(s.group for s in sources),
+        roles=roles,
         partitions=tuple(
             PartitionPlace(
                 ordinals.get((p.phase, p.window), 0),
                 p.phase,
                 p.window,
                 p.nbytes,
-                _by_class(sources, schedule, p.pieces),
+                others_by_class.get(p.index, {}),
+                replayed_by_class.get(p.index, {}),
             )
             for p in schedule.partitions
         ),
@@ -192,12 +214,33 @@ def _leaf(spec: LeafSpec, aliases: Sequence[str]) -> Leaf:
     return Leaf(spec.path, spec.dtype, list(spec.shape), list(aliases))
 
 
-def _by_class(
-    sources: Sequence[LeafSource], schedule: PartitionSchedule, pieces: Sequence[GroupRange]
-) -> dict[tuple[str, str], int]:
-    nbytes: Counter[tuple[str, str]] = Counter()
-    for piece in pieces:
-        for i in schedule.groups[piece.group].sources:
+def _by_class(sources: Sequence[LeafSource], units: Sequence[Unit]) -> dict[int, Counter[Class]]:
+    """Bytes by class, of each partition."""
+    nbytes: dict[int, Counter[Class]] = defaultdict(Counter)
+    for unit in units:
+        for i in unit.sources:
             leaf = sources[i].leaf
-            nbytes[leaf.kind, leaf.dtype] += piece.count * leaf.itemsize
-    return dict(nbytes)
+            nbytes[unit.partition][leaf.kind, leaf.dtype] += unit.count * leaf.itemsize
+    return nbytes
+
+
+def _role(source: LeafSource, updates: Mapping[str, Update]) -> str:
+    update = updates.get(source.group)
+    role = update and role_of(update, source.leaf.path, source.group)
+    return role or OTHER
+
+
+def _is_replayed(
+    group: SourceGroup,
+    sources: Sequence[LeafSource],
+    roles: Sequence[str],
+    updates: Mapping[str, Update],
+) -> bool:
+    """Whether the update of a group is known, and all that it takes is in the group, in float32."""
+    update = updates.get(sources[group.sources[0]].group)
+    if update is None:
+        return False
+    needed = RULES[update.rule].roles
+    found = [(roles[i], sources[i].leaf.dtype) for i in group.sources]
+    named = [role for role, _ in found if role not in (COPY, OTHER)]
+    return sorted(named) == sorted(needed) and all(fits(role, dtype) for role, dtype in found)

@@ -11,7 +11,7 @@ from asymcheck.codecs import codec_by_name
 from asymcheck.cost import CostModel
 from asymcheck.errors import CodecError
 
-RAW = "raw"
+RAW, REPLAY = "raw", "replay"
 _EXPLORE_MIN_NBYTES = 64 << 10
 
 
@@ -48,11 +48,24 @@ class CompressionPolicy(Protocol):
         """The codec for these bytes; one that needs a base only where there is one."""
         ...
 
-    def wants_base(self, nbytes_by_class: Mapping[tuple[str, str], int], cost: CostModel) -> bool:
+    def decide_replay(self, requests: Sequence[PolicyRequest]) -> Decision | None:
+        """Whether to code these classes together by replaying their update; None: each by itself.
+
+        Called for parameters of which the update is known and the predecessor is at hand.
+        """
+        ...
+
+    def wants_base(
+        self,
+        nbytes_by_class: Mapping[tuple[str, str], int],
+        replayed_by_class: Mapping[tuple[str, str], int],
+        cost: CostModel,
+    ) -> bool:
         """Whether to hold the predecessor in host memory, so that requests can have a base.
 
         Args:
-            nbytes_by_class: bytes of the whole snapshot by (kind, dtype).
+            nbytes_by_class: bytes of the whole snapshot by (kind, dtype), but for
+            replayed_by_class: those of parameters of which the update is known.
             cost: what was learned so far.
         """
         ...
@@ -68,6 +81,9 @@ class Selective:
     one, and wins every tie. alpha of t_w stands on both sides and is left out: a put carries the
     blocks of many partitions. So what decides is whether encoding costs less than writing the
     bytes that it saves, and alpha of t_c keeps small partitions raw.
+
+    `replay` codes all leaves of a parameter jointly, where the update is known that made them. So
+    it is compared with the best for all of them together.
 
     The figures of a codec that is not chosen grow old. So every `explore_every`-th decision of a
     class of leaves (from 64 KiB on) takes one of the candidates in turn, whatever the rule says,
@@ -85,7 +101,7 @@ class Selective:
         CodecError: if there is no codec of that id.
     """
 
-    candidates: tuple[str, ...] = ("plane", "delta")
+    candidates: tuple[str, ...] = ("plane", "delta", "replay")
     overlapped: bool = False
     explore_every: int = 256
     _decisions: dict[tuple[str, str], int] = field(
@@ -101,32 +117,68 @@ class Selective:
 
     def decide(self, request: PolicyRequest) -> Decision:
         """By the rule, but for the decisions that explore."""
-        usable = [c for c in self.candidates if request.has_base or not _needs_base(c)]
-        return self._explore(request, usable) or self._by_rule(request, usable)
+        usable = [c for c in self._by_class if request.has_base or not _needs_base(c)]
+        key = request.kind, request.dtype
+        return self._explore(key, request.nbytes, usable) or self._by_rule(request, usable)
 
-    def wants_base(self, nbytes_by_class: Mapping[tuple[str, str], int], cost: CostModel) -> bool:
+    def decide_replay(self, requests: Sequence[PolicyRequest]) -> Decision | None:
+        """By the rule, but for the decisions that explore."""
+        if REPLAY not in self.candidates:
+            return None
+        kinds = " ".join(request.kind for request in requests)
+        nbytes = sum(request.nbytes for request in requests)
+        explored = self._explore((kinds, REPLAY), nbytes, [REPLAY])
+        return explored or self._replay_by_rule(requests)
+
+    def wants_base(
+        self,
+        nbytes_by_class: Mapping[tuple[str, str], int],
+        replayed_by_class: Mapping[tuple[str, str], int],
+        cost: CostModel,
+    ) -> bool:
         """Whether, with a base, the rule would take a codec that needs one for some class."""
-        requests = [
-            PolicyRequest(nbytes, kind, dtype, True, cost)
-            for (kind, dtype), nbytes in nbytes_by_class.items()
-        ]
-        return any(_needs_base(self._by_rule(r, self.candidates).codec) for r in requests)
+        requests = _requests(nbytes_by_class, cost)
+        replayed = _requests(replayed_by_class, cost)
+        if REPLAY in self.candidates and replayed and self._replay_by_rule(replayed) is not None:
+            return True
+        return any(
+            _needs_base(self._by_rule(request, self._by_class).codec)
+            for request in (*requests, *replayed)
+        )
+
+    @property
+    def _by_class(self) -> list[str]:
+        return [codec for codec in self.candidates if codec != REPLAY]
 
     def _by_rule(self, request: PolicyRequest, candidates: Sequence[str]) -> Decision:
         raw_s = _write_s(request, 1.0)
         raw = f"write raw {_ms(raw_s)}"
         if not candidates:
             return Decision(RAW, f"{raw}: no other candidate without a predecessor")
-        estimates = [_estimate(codec, request) for codec in candidates]
-        best = min(estimates, key=self._seconds)
+        best = self._best(request, candidates)
         if self._seconds(best) < raw_s:
             return Decision(best.codec, f"{self._sentence(best)} < {raw}")
         return Decision(RAW, f"{raw} <= {best.codec}: {self._sentence(best)}")
 
-    def _explore(self, request: PolicyRequest, candidates: Sequence[str]) -> Decision | None:
-        if not (self.explore_every and candidates and request.nbytes >= _EXPLORE_MIN_NBYTES):
+    def _best(self, request: PolicyRequest, candidates: Sequence[str]) -> _Estimate:
+        return min((_estimate(codec, request) for codec in candidates), key=self._seconds)
+
+    def _replay_by_rule(self, requests: Sequence[PolicyRequest]) -> Decision | None:
+        """All classes by `replay`, if that is faster than the best for each by itself."""
+        apart_s = sum(
+            min([_write_s(r, 1.0), *(self._seconds(_estimate(c, r)) for c in self._by_class)])
+            for r in requests
+        )
+        together = _sum([_estimate(REPLAY, request) for request in requests])
+        if self._seconds(together) < apart_s:
+            return Decision(REPLAY, f"{self._sentence(together)} < apart {_ms(apart_s)}")
+        return None
+
+    def _explore(
+        self, key: tuple[str, str], nbytes: int, candidates: Sequence[str]
+    ) -> Decision | None:
+        if not (self.explore_every and candidates and nbytes >= _EXPLORE_MIN_NBYTES):
             return None
-        key = request.kind, request.dtype
         with self._lock:
             number = self._decisions[key] = self._decisions.get(key, 0) + 1
         turn, rest = divmod(number, self.explore_every)
@@ -150,7 +202,8 @@ class Always:
     """One codec wherever it can be used, at any cost.
 
     Args:
-        codec: its id.
+        codec: its id. "replay" is for parameters of which the update is known; other leaves get
+            "delta" with it.
         fallback: where `codec` needs a base and there is none.
 
     Raises:
@@ -167,11 +220,21 @@ class Always:
 
     def decide(self, request: PolicyRequest) -> Decision:
         """`codec`, or `fallback` if there is no predecessor for it."""
-        if request.has_base or not _needs_base(self.codec):
-            return Decision(self.codec, f"always {self.codec}")
+        codec = "delta" if self.codec == REPLAY else self.codec
+        if request.has_base or not _needs_base(codec):
+            return Decision(codec, f"always {self.codec}")
         return Decision(self.fallback, f"always {self.codec}, but there is no predecessor")
 
-    def wants_base(self, nbytes_by_class: Mapping[tuple[str, str], int], cost: CostModel) -> bool:
+    def decide_replay(self, requests: Sequence[PolicyRequest]) -> Decision | None:
+        """If that is the codec."""
+        return Decision(REPLAY, f"always {REPLAY}") if self.codec == REPLAY else None
+
+    def wants_base(
+        self,
+        nbytes_by_class: Mapping[tuple[str, str], int],
+        replayed_by_class: Mapping[tuple[str, str], int],
+        cost: CostModel,
+    ) -> bool:
         """Whether `codec` needs one."""
         return _needs_base(self.codec)
 
@@ -184,7 +247,16 @@ class Never:
         """Raw."""
         return Decision(RAW, "never compress")
 
-    def wants_base(self, nbytes_by_class: Mapping[tuple[str, str], int], cost: CostModel) -> bool:
+    def decide_replay(self, requests: Sequence[PolicyRequest]) -> Decision | None:
+        """No."""
+        return None
+
+    def wants_base(
+        self,
+        nbytes_by_class: Mapping[tuple[str, str], int],
+        replayed_by_class: Mapping[tuple[str, str], int],
+        cost: CostModel,
+    ) -> bool:
         """No."""
         return False
 
@@ -200,6 +272,23 @@ def _estimate(codec: str, request: PolicyRequest) -> _Estimate:
     ratio = request.cost.ratio(codec, request.kind, request.dtype)
     encode_s = request.cost.seconds(f"encode:{codec}", request.nbytes)
     return _Estimate(codec, encode_s, _write_s(request, ratio))
+
+
+def _sum(estimates: Sequence[_Estimate]) -> _Estimate:
+    return _Estimate(
+        estimates[0].codec,
+        sum(estimate.encode_s for estimate in estimates),
+        sum(estimate.write_s for estimate in estimates),
+    )
+
+
+def _requests(
+    nbytes_by_class: Mapping[tuple[str, str], int], cost: CostModel
+) -> list[PolicyRequest]:
+    return [
+        PolicyRequest(nbytes, kind, dtype, True, cost)
+        for (kind, dtype), nbytes in nbytes_by_class.items()
+    ]
 
 
 def _write_s(request: PolicyRequest, ratio: float) -> float:

@@ -118,6 +118,28 @@ class LeafSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Update:
+    """The step of an optimizer by which a parameter and its moments became what they are.
+
+    It need not be right: codecs use it to predict, and store what the prediction missed.
+
+    Attributes:
+        rule: the optimizer's, a key of `asymcheck.codecs.rules.RULES`.
+        roles: (prefix, role) of the leaves: `prefix` is a leaf's path without its group.
+        numbers: the rule's hyperparameters, finite.
+    """
+
+    rule: str
+    roles: tuple[tuple[str, str], ...]
+    numbers: Mapping[str, float]
+
+
+def role_of(update: Update, path: str, group: str) -> str | None:
+    """The role of a leaf of that group, None if it has none."""
+    return dict(update.roles).get(path.removesuffix(f"/{group}"))
+
+
+@dataclass(frozen=True, slots=True)
 class StateView:
     """A state as an adapter presents it to be saved.
 
@@ -125,11 +147,13 @@ class StateView:
         structure: how the leaves make up the state (see `asymcheck.tree`).
         sources: what this writer holds: disjoint boxes of leaves.
         aliases: leaf path -> further paths of the same leaf.
+        updates: group -> the update that made it of what it was one step ago, where known.
     """
 
     structure: tree.Node
     sources: tuple[LeafSource, ...]
     aliases: Mapping[str, Sequence[str]] = field(default_factory=dict[str, list[str]])
+    updates: Mapping[str, Update] = field(default_factory=dict[str, Update])
 
 
 class StateAdapter(Protocol):

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from asymcheck import tree
 from asymcheck.errors import UnsupportedStateError
-from asymcheck.state import LeafSource, LeafSpec, ShardSpec, StateView
+from asymcheck.state import LeafSource, LeafSpec, ShardSpec, StateView, Update
 from asymcheck_torch import rng
 from asymcheck_torch.extras import Extra, Moment, private
 from asymcheck_torch.modules import module_extra, named_buffers, renormed_in_forward
@@ -77,6 +77,7 @@ class TrainingState:
     _own_copies: SteadyCopies = field(default_factory=SteadyCopies)
     _clocks: DeviceClocks = field(default_factory=DeviceClocks)
     _at_update: dict[str, Any] = field(default_factory=dict[str, Any])
+    _updates: dict[str, Update] = field(default_factory=dict[str, Update])
     _live_part: tuple[list[Any], _Part] | None = None
 
     @property
@@ -84,9 +85,13 @@ class TrainingState:
         """The module, without wrappers."""
         return self.trained.module
 
-    def note_update(self) -> None:
-        """Take what the loop moves on before the next forward pass: generators, positions."""
+    def note_update(self, step: int) -> None:
+        """Take what the loop moves on before the next forward pass: generators, positions.
+
+        And learning rates: the update's number `step` was made with those that stand now.
+        """
         self._own_copies.restart()
+        self._updates = self.trained.updates(step)
         on_cuda = torch.cuda.is_initialized()
         devices = cuda_devices(self.module.parameters()) if on_cuda else []
         self._at_update = {
@@ -111,7 +116,10 @@ class TrainingState:
         noted = {"dict": [[rank, {"list": live.numpy_leaves + copied.numpy_leaves}]]}
         pairs = [*live.pairs, *copied.pairs, ["__numpy_leaves__", noted]]
         return StateView(
-            {"dict": pairs}, live.sources + copied.sources, live.aliases | copied.aliases
+            {"dict": pairs},
+            live.sources + copied.sources,
+            live.aliases | copied.aliases,
+            self._updates,
         )
 
     # -- what there is ---------------------------------------------------------------------

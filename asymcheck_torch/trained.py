@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from asymcheck.state import LeafSpec
+from asymcheck.state import LeafSpec, Update
 from asymcheck_torch.extras import map_arrays
 from asymcheck_torch.matching import Held, Matching
 from asymcheck_torch.optimizers import (
@@ -24,6 +24,7 @@ from asymcheck_torch.optimizers import (
 )
 from asymcheck_torch.stored import Stored
 from asymcheck_torch.tensors import torch_dtype
+from asymcheck_torch.updates import step_of, update_of
 
 Live = Mapping[str, Mapping[str, Held]]
 _OF_OPTIMIZER_ONLY = re.compile(r"optim\d+/group\d+/\d+")
@@ -55,6 +56,13 @@ class Trained(Protocol):
 
     def records(self, copy: Copy) -> list[dict[str, Any]]:
         """What else each optimizer keeps, as `optimizers.record` describes it."""
+        ...
+
+    def updates(self, step: int) -> dict[str, Update]:
+        """{parameter name: the update that it has just had}, where it is known.
+
+        Called right after update number `step`, with the options that it was made with.
+        """
         ...
 
     def engine_state(self) -> dict[str, Any] | None:
@@ -107,6 +115,15 @@ class ModuleAndOptimizers:
         parameters = self._parameters()
         return [record(optimizer, parameters, copy) for optimizer in self.optimizers]
 
+    def updates(self, step: int) -> dict[str, Update]:
+        """See `Trained`."""
+        parameters = self._parameters()
+        found: dict[str, Update] = {}
+        for index, optimizer in enumerate(self.optimizers):
+            for group in optimizer.param_groups:
+                found |= _updates(optimizer, index, group, parameters, step)
+        return found
+
     def engine_state(self) -> dict[str, Any] | None:
         """There is no engine."""
         return None
@@ -134,6 +151,27 @@ class ModuleAndOptimizers:
         for optimizer in self.optimizers:
             yield optimizer.register_step_pre_hook(lambda *_: before())
         yield last.register_step_post_hook(lambda *_: after())
+
+
+def _updates(
+    optimizer: Optimizer,
+    index: int,
+    group: dict[str, Any],
+    parameters: Parameters,
+    step: int,
+) -> dict[str, Update]:
+    """Those of one group: one object for all parameters that have had as many updates."""
+    by_step: dict[float, Update | None] = {}
+    found: dict[str, Update] = {}
+    for name, parameter in zip(parameters.of_group(group), group["params"], strict=True):
+        if not (state := optimizer.state.get(parameter)):
+            continue
+        number = step_of(state, step)
+        if number not in by_step:
+            by_step[number] = update_of(optimizer, index, group, number)
+        if (update := by_step[number]) is not None:
+            found[name] = update
+    return found
 
 
 _State = dict[torch.Tensor, dict[Any, Any]]

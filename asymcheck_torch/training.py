@@ -349,7 +349,7 @@ class TrainingCheckpointer:
     def _note_update(self) -> None:
         """The step is to be captured; take what will not wait for the next forward pass."""
         with self._failures(), self._held():
-            self.state.note_update()
+            self.state.note_update(self.step)
             self._due = True
 
     def _begin(self) -> None:

@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import asymcheck
-from asymcheck.cost import CostModel
 from asymcheck.policy import Decision, PolicyRequest
 from asymcheck.state import ArraySource, LeafSpec, ShardSpec, StateView, numpy_view
 from asymcheck.strategies import AsymCheck
@@ -141,7 +140,10 @@ class ByKind:
         codec = request.kind if known else "raw"
         return Decision("plane" if needs_base and not request.has_base else codec, "golden")
 
-    def wants_base(self, nbytes_by_class: Mapping[tuple[str, str], int], cost: CostModel) -> bool:
+    def decide_replay(self, requests: object) -> None:
+        return None
+
+    def wants_base(self, nbytes_by_class: Mapping[tuple[str, str], int], *_: Any) -> bool:
         return any(kind in ("delta", "topk") for kind, _ in nbytes_by_class)
 
 
@@ -151,7 +153,7 @@ class AlwaysDelta(ByKind):
     def decide(self, request: PolicyRequest) -> Decision:
         return Decision("delta" if request.has_base else "plane", "golden")
 
-    def wants_base(self, nbytes_by_class: Mapping[tuple[str, str], int], cost: CostModel) -> bool:
+    def wants_base(self, nbytes_by_class: Mapping[tuple[str, str], int], *_: Any) -> bool:
         return True
 
 

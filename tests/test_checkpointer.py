@@ -563,7 +563,10 @@ class Later:
     def decide(self, request: PolicyRequest) -> Decision:
         return Decision("delta" if request.has_base else "raw", "later")
 
-    def wants_base(self, nbytes_by_class: Any, cost: CostModel) -> bool:
+    def decide_replay(self, requests: object) -> None:
+        return None
+
+    def wants_base(self, *_: Any) -> bool:
         self.asked += 1
         return self.asked > self._after
 
@@ -575,7 +578,7 @@ class Fickle(Later):
         super().__init__(0)
         self.wants = True
 
-    def wants_base(self, nbytes_by_class: Any, cost: CostModel) -> bool:
+    def wants_base(self, *_: Any) -> bool:
         return self.wants
 
 

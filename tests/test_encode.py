@@ -67,9 +67,10 @@ class Bench:
             name=f"run-{self.steps:06d}",
             writer=0,
             writers=1,
-            plan=make_plan(view.sources, view.aliases, WINDOWS, BUFFER),
+            plan=make_plan(view, WINDOWS, BUFFER),
             structure=view.structure,
             metadata={},
+            updates=view.updates,
             base_step=more.get("base_step"),
             predecessor_encoded=more.get("predecessor_encoded"),
             pack_nbytes=self.pack_nbytes,
@@ -193,7 +194,10 @@ class Mixed:
         raw = request.kind.startswith("exp") or request.dtype == "float64"
         return Decision("raw" if raw else "plane", "mixed")
 
-    def wants_base(self, nbytes_by_class: Any, cost: CostModel) -> bool:
+    def decide_replay(self, requests: object) -> None:
+        return None
+
+    def wants_base(self, *_: Any) -> bool:
         return False
 
 
@@ -288,7 +292,7 @@ def test_what_does_not_get_smaller_is_stored_as_it_is(
 
 def filled(used: Bench, state: Any) -> tuple[Reference, Attempt]:
     view = numpy_view(state)
-    reference = Reference(make_plan(view.sources, view.aliases, WINDOWS, BUFFER))
+    reference = Reference(make_plan(view, WINDOWS, BUFFER))
     return reference, used.save(state, reference)
 
 

@@ -30,7 +30,10 @@ class Changing:
     def decide(self, request: PolicyRequest) -> Decision:
         return Decision("raw", "after all")
 
-    def wants_base(self, nbytes_by_class: Any, cost: Any) -> bool:
+    def decide_replay(self, requests: object) -> None:
+        return None
+
+    def wants_base(self, *_: Any) -> bool:
         return True
 
 

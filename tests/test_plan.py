@@ -50,7 +50,7 @@ class Box:
 
 
 def planned(view: StateView, windows: Any = ONE_WINDOW, max_unit_nbytes: int = 1 << 20) -> Plan:
-    return make_plan(view.sources, view.aliases, windows, max_unit_nbytes)
+    return make_plan(view, windows, max_unit_nbytes)
 
 
 def owned_by(view: StateView, writer: int, writers: int) -> StateView:
@@ -183,7 +183,7 @@ def test_large_leaves_are_cut_into_blocks() -> None:
 @given(groups_of_leaves(), groups_of_leaves())
 def test_views_with_equal_signatures_have_equal_plans(first: Any, second: Any) -> None:
     a, b = numpy_view(first), numpy_view(second)
-    same = signature_of(a.sources, a.aliases) == signature_of(b.sources, b.aliases)
+    same = signature_of(a) == signature_of(b)
     described = [(s.leaf, s.group) for s in a.sources] == [(s.leaf, s.group) for s in b.sources]
     assert same == described
     if same:
@@ -194,7 +194,7 @@ def test_signatures_tell_ties_and_shares_apart() -> None:
     w = np.zeros(4)
     tied, free = numpy_view({"a": w, "b": w}), numpy_view({"a": w, "b": w.copy()})
     half = owned_by(free, 0, 2)
-    signatures = [signature_of(v.sources, v.aliases) for v in (tied, free, half)]
+    signatures = [signature_of(v) for v in (tied, free, half)]
     assert len(set(signatures)) == 3
 
 

@@ -323,16 +323,16 @@ STATE = {("params", "float32"): 10**9, ("exp_avg", "float32"): 10**9}
 
 def test_a_base_is_wanted_where_a_difference_pays() -> None:
     policy = Selective(explore_every=1)
-    assert policy.wants_base(STATE, model(0.1 * GB))
-    assert not policy.wants_base(STATE, model(5 * GB))
-    assert not policy.wants_base({}, model(0.1 * GB))
-    assert not policy.wants_base({("params", "float32"): 100}, model(0.1 * GB))
-    assert not Selective(("plane",)).wants_base(STATE, model(0.1 * GB))
+    assert policy.wants_base(STATE, {}, model(0.1 * GB))
+    assert not policy.wants_base(STATE, {}, model(5 * GB))
+    assert not policy.wants_base({}, {}, model(0.1 * GB))
+    assert not policy.wants_base({("params", "float32"): 100}, {}, model(0.1 * GB))
+    assert not Selective(("plane",)).wants_base(STATE, {}, model(0.1 * GB))
 
 
 def test_one_class_is_enough_to_want_a_base() -> None:
     state = {("exp_avg", "float32"): 10**9, ("params", "bfloat16"): 10**9}
-    assert Selective().wants_base(state, model(1 * GB))
+    assert Selective().wants_base(state, {}, model(1 * GB))
 
 
 # -- the others -------------------------------------------------------------------------------
@@ -349,9 +349,9 @@ def test_always_and_never() -> None:
 
 
 def test_always_wants_the_base_that_its_codec_needs() -> None:
-    assert Always().wants_base(STATE, model(50 * GB))
-    assert not Always("plane").wants_base(STATE, model(1e3))
-    assert not Never().wants_base(STATE, model(1e3))
+    assert Always().wants_base(STATE, {}, model(50 * GB))
+    assert not Always("plane").wants_base(STATE, {}, model(1e3))
+    assert not Never().wants_base(STATE, {}, model(1e3))
 
 
 @pytest.mark.parametrize(

@@ -508,7 +508,10 @@ class Mixed:
         coded = "delta" if request.has_base else "plane"
         return Decision({"params": coded, "exp_avg": "raw"}.get(request.kind, "zstd"), "mixed")
 
-    def wants_base(self, nbytes_by_class: object, cost: object) -> bool:
+    def decide_replay(self, requests: object) -> None:
+        return None
+
+    def wants_base(self, *_: Any) -> bool:
         return True
 
 

@@ -10,6 +10,7 @@ from asymcheck.codecs.base import Codec, Column, JsonValue
 from asymcheck.codecs.delta import DeltaCodec
 from asymcheck.codecs.plane import PlaneCodec
 from asymcheck.codecs.raw import RawCodec
+from asymcheck.codecs.replay import ReplayCodec
 from asymcheck.codecs.topk import TopKCodec
 from asymcheck.codecs.zstd import ZstdCodec
 from asymcheck.errors import CodecError, FormatError, UnsupportedVersionError
@@ -21,6 +22,7 @@ __all__ = [
     "JsonValue",
     "PlaneCodec",
     "RawCodec",
+    "ReplayCodec",
     "TopKCodec",
     "ZstdCodec",
     "codec_by_name",
@@ -29,7 +31,8 @@ __all__ = [
 ]
 
 _CODECS: dict[str, Callable[..., Codec]] = {
-    codec.id: codec for codec in (RawCodec, ZstdCodec, PlaneCodec, DeltaCodec, TopKCodec)
+    codec.id: codec
+    for codec in (RawCodec, ZstdCodec, PlaneCodec, DeltaCodec, ReplayCodec, TopKCodec)
 }
 
 

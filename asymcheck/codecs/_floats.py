@@ -8,7 +8,7 @@ elsewhere must not depend on that.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 _LIBM = ctypes.CDLL(None)  # the running program: the C library's functions
@@ -17,7 +17,7 @@ _ENVIRONMENT_NBYTES = 512  # more than any fenv_t
 
 
 @contextmanager
-def ieee_arithmetic() -> Iterator[None]:
+def ieee_arithmetic() -> Generator[None]:
     """This thread computes by IEEE 754 inside, and as before afterwards."""
     before = ctypes.create_string_buffer(_ENVIRONMENT_NBYTES)
     _LIBM.fegetenv(before)

@@ -35,9 +35,10 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from asymcheck.codecs import _grid, plane_payload
 from asymcheck.codecs._columns import as_words, base_of, paired, word_width
@@ -55,7 +56,6 @@ _DIFFERENCE, _PREDICTION, _GRADIENT = range(3)
 _HEADER = struct.Struct("<BB")
 _GRID = struct.Struct("<BfQ")
 _SAMPLE_STRETCHES, _SAMPLE_STRETCH = 32, 128
-_FLOAT32 = np.dtype(np.float32)
 _COPIES = ("bfloat16", "float16")
 
 Values = dict[str, Floats]
@@ -108,8 +108,9 @@ class ReplayCodec:
         """
         self._check(columns)
         rule = RULES[self.rule]
-        values = self._values(columns, lambda c: _floats(base_of(c)))
-        values |= {f"{r}'": v for r, v in self._values(columns, lambda c: _floats(c.new)).items()}
+        values = self._values([_floats(base_of(column)) for column in columns])
+        news = self._values([_floats(column.new) for column in columns])
+        values |= {f"{role}'": new for role, new in news.items()}
         with ieee_arithmetic():
             chosen = _Chooser(rule, self.numbers, _sampled(values)).choices()
             payloads = _encode_roles(rule, self.numbers, values, chosen)
@@ -128,7 +129,7 @@ class ReplayCodec:
         rule = RULES[self.rule]
         for column in columns:
             np.copyto(column.new, base_of(column))  # nothing to do where they are the same
-        values = self._values(columns, lambda c: _floats(c.new))
+        values = self._values([_floats(column.new) for column in columns])
         by_role = {r: p for r, (_, p) in zip(self.roles, paired(columns, payloads), strict=True)}
         with ieee_arithmetic():
             _decode_roles(rule, self.numbers, values, by_role)
@@ -137,9 +138,10 @@ class ReplayCodec:
                 if role in (COPY, OTHER):
                     _decode_extra(role, column, payload, weight)
 
-    def _values(self, columns: Sequence[Column], of: Any) -> Values:
-        pairs = zip(self.roles, columns, strict=True)
-        return {role: of(column) for role, column in pairs if role not in (COPY, OTHER)}
+    def _values(self, arrays: Sequence[Floats]) -> Values:
+        """The arrays of the rule's roles, of those of all columns."""
+        pairs = zip(self.roles, arrays, strict=True)
+        return {role: array for role, array in pairs if role not in (COPY, OTHER)}
 
     def _check(self, columns: Sequence[Column]) -> None:
         if len(columns) != len(self.roles):
@@ -179,31 +181,31 @@ def _checked_roles(rule: Rule, roles: Sequence[Any]) -> tuple[str, ...]:
 
 def _check_numbers(rule: Rule, numbers: Any) -> None:
     wrong = f"numbers of rule {rule.id!r} are missing, unknown or not finite"
-    if not isinstance(numbers, Mapping) or sorted(map(repr, numbers)) != sorted(
-        map(repr, rule.numbers)
-    ):
-        raise CodecError(wrong, expected=rule.numbers, found=repr(numbers)[:200])
-    for name, value in numbers.items():
+    if not isinstance(numbers, dict) or set(cast("dict[Any, Any]", numbers)) != set(rule.numbers):
+        raise CodecError(wrong, expected=rule.numbers, found=repr(cast("object", numbers))[:200])
+    for name, value in cast("dict[str, Any]", numbers).items():
         if type(value) not in (int, float) or not abs(value) <= _LARGEST:
             raise CodecError(wrong, expected=f"{name}: a number", found=repr(value)[:80])
 
 
-_LARGEST = float(np.finfo(np.float64).max)
+_LARGEST = 2.0**1000  # so that float64 holds every product of two
+
+
+def fits(role: str, dtype: str) -> bool:
+    """Whether leaves of that dtype can have the role."""
+    return role == OTHER or dtype in (_COPIES if role == COPY else ("float32",))
 
 
 def _elements(role: str, column: Column) -> int:
     """How many elements a column of that role has; `CodecError` if it has the wrong dtype."""
-    if role == COPY:
-        fits = column.dtype.name in _COPIES
-    else:
-        fits = column.dtype == _FLOAT32
-    if not fits or column.new.nbytes % column.dtype.itemsize:
+    if not fits(role, column.dtype.name) or column.new.nbytes % column.dtype.itemsize:
         raise CodecError(f"a column cannot have the role {role!r}", found=str(column.dtype))
     return column.new.nbytes // column.dtype.itemsize
 
 
-def _floats(data: Any) -> Floats:
-    return data.view(np.dtype("<f4"))
+def _floats(data: NDArray[np.uint8]) -> Floats:
+    """As float32, whole elements; of no meaning for columns of other dtypes."""
+    return data[: data.size // 4 * 4].view(np.dtype("<f4"))
 
 
 def _words(values: Floats) -> Words:
@@ -308,7 +310,8 @@ class _Chooser:
         new, old, weight = (self._sample[name] for name in (f"{role}'", role, "weight"))
         estimates = [_estimated(form, self._numbers, new, old) for form in forms]
         best = _bits(new, old), _Choice(_DIFFERENCE, 0), estimates[0]
-        undecayed = estimates[0] - np.float32(self._l2) * weight if self._l2 else estimates[0]
+        with np.errstate(all="ignore"):
+            undecayed: Any = estimates[0] - np.float32(self._l2) * weight
         grid = find_grid(undecayed, new)
         for grid_here in _neighbours(grid):
             for number, form in enumerate(forms):
@@ -360,9 +363,7 @@ def _encode_roles(
     return payloads
 
 
-def _encode_moment(
-    rule: Rule, numbers: Numbers, values: Values, choice: _Choice
-) -> memoryview:
+def _encode_moment(rule: Rule, numbers: Numbers, values: Values, choice: _Choice) -> memoryview:
     """Also adds the gradient to the values."""
     form = rule.moments[choice.form]
     new, old = values[f"{rule.moment}'"], values[rule.moment]
@@ -395,9 +396,7 @@ def _decode_roles(
         values[f"{role}'"] = values[role]
 
 
-def _decode_moment(
-    rule: Rule, numbers: Numbers, values: Values, payload: memoryview
-) -> None:
+def _decode_moment(rule: Rule, numbers: Numbers, values: Values, payload: memoryview) -> None:
     modes = (_DIFFERENCE, _GRADIENT)
     mode, number, rest = _read_header(payload, len(rule.moments), modes)
     form, new = rule.moments[number], values[rule.moment]

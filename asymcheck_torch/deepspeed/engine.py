@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asymcheck.state import Update
 from asymcheck_torch.deepspeed.partitioned import Partitioned
 from asymcheck_torch.deepspeed.zero import check_engine, loss_scaler_of, masters_of
 from asymcheck_torch.matching import Matching
@@ -70,6 +71,10 @@ class Engine:
     def records(self, copy: Copy) -> list[dict[str, Any]]:
         """See `Trained`."""
         return self.inner.records(copy)
+
+    def updates(self, step: int) -> dict[str, Update]:
+        """See `Trained`."""
+        return self.inner.updates(step)
 
     def engine_state(self) -> dict[str, Any]:
         """Counters, the loss scale and the schedule."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from asymcheck.errors import UnsupportedStateError
-from asymcheck.state import ShardSpec
+from asymcheck.state import ShardSpec, Update
 from asymcheck_torch.deepspeed.zero import Masters, frozen_part
 from asymcheck_torch.extras import private
 from asymcheck_torch.matching import Held, Matching
@@ -22,6 +22,7 @@ from asymcheck_torch.parts import Part
 from asymcheck_torch.stored import Stored, read_arrays
 from asymcheck_torch.tensors import torch_dtype
 from asymcheck_torch.trained import Live, apply_options, kinds_of
+from asymcheck_torch.updates import step_of, update_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,15 @@ class Partitioned:
     def weights(self) -> Partitioned:
         """See `Trained`."""
         return Partitioned(self.module, self._masters, self._rank, self._size, is_updated=False)
+
+    def updates(self, step: int) -> dict[str, Update]:
+        """See `Trained`."""
+        optimizer, updates = self._masters.optimizer, list[Update | None]()
+        for flat, number in enumerate(self._masters.groups):
+            group, state = optimizer.param_groups[number], self._state(flat)
+            updates.append(update_of(optimizer, 0, group, step_of(state, step)) if state else None)
+        found = ((each.name, updates[each.flat]) for each in self._trained)
+        return {name: update for name, update in found if update is not None}
 
     def engine_state(self) -> None:
         """An engine has its own."""

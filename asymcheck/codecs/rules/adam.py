@@ -79,7 +79,7 @@ def _weight_optax(k: Constants, w: Any, m: Any, v: Any) -> Any:
 
 
 def _largest(_k: Constants, largest: Any, v: Any) -> Any:
-    return np.where(v > largest, v, largest)
+    return np.maximum(largest, v)
 
 
 def _root(_k: Constants, v: Any) -> Any:

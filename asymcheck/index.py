@@ -170,7 +170,12 @@ def _add(index: StepIndex, manifest: Manifest) -> None:
             )
         stored.box.blocks.append(stored)
         if stored.codec.joint:
-            index.groups.setdefault(group, []).append(stored)
+            together = index.groups.setdefault(group, [])
+            together.append(stored)
+            if stored.codec is not together[0].codec:
+                raise FormatError(
+                    "blocks that decode together have different codecs", leaf=stored.box.leaf.path
+                )
 
 
 def _codec(use: CodecUse) -> Codec:

@@ -13,7 +13,6 @@ in rounding only.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -79,7 +78,7 @@ def _weight_optax(k: Constants, w: Any, m: Any, v: Any) -> Any:
 
 
 def _largest(_k: Constants, largest: Any, v: Any) -> Any:
-    return np.maximum(largest, v)
+    return np.where(v > largest, v, largest)  # np.maximum may give either of two zeros
 
 
 def _root(_k: Constants, v: Any) -> Any:
@@ -105,7 +104,7 @@ def _of_torch(numbers: Numbers) -> tuple[float, ...]:
     first, second = _corrections(numbers)
     lr = numbers["lr"]
     step_size = f64(-lr) / f64(first)  # infinite at step 0, which nobody makes
-    return 1 - lr * numbers["decay"], float(step_size), math.sqrt(second), numbers["eps"]
+    return 1 - lr * numbers["decay"], float(step_size), float(np.sqrt(f64(second))), numbers["eps"]
 
 
 def _of_optax(numbers: Numbers) -> tuple[float, ...]:

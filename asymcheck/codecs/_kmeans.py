@@ -19,7 +19,7 @@ def centres(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     """
     if not values.size:
         return np.zeros(count, np.float32)
-    ordered = np.sort(values).astype(np.float64)
+    ordered = np.sort(values).astype(np.float64) + 0.0  # -0.0 becomes 0.0
     sums = np.concatenate(([0.0], np.cumsum(ordered)))
     found = ordered[(2 * np.arange(count) + 1) * ordered.size // (2 * count)]
     for _ in range(_ROUNDS):

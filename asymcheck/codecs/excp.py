@@ -141,7 +141,8 @@ class ExcpCodec(StatesBound):
     def _quantise(
         self, values: Singles, kept: NDArray[np.bool_]
     ) -> tuple[Singles, NDArray[np.uint8]]:
-        """The centres, and the index of every element: 0 where it is not kept."""
+        """The centres, and the index of every element: 0 where it is not kept, or not finite."""
+        kept = kept & np.isfinite(values)
         found = centres(values[kept], (1 << self.bits) - 1)
         indices = np.zeros(values.size, np.uint8)
         indices[kept] = nearest(values[kept], found) + 1

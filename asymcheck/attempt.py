@@ -124,7 +124,7 @@ class Attempt:
                 "kind": kind,
                 "dtype": dtype,
                 "nbytes": nbytes,
-                "codec": made.codec,
+                "codec": made.codec if isinstance(made.codec, str) else made.codec.id,
                 "reason": made.reason,
             }
         )

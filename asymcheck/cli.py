@@ -277,7 +277,7 @@ COMMANDS = {
         Command(
             "verify",
             "URL",
-            "Read and check every byte of a step, or of all, and name every damaged object.",
+            "Read and check every byte of a step, or of all; name what is damaged or not exact.",
             range(1, 2),
             _verify_flags,
             _verify,

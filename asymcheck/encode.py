@@ -264,10 +264,12 @@ class Encoder:
             self._replayed[key] = ReplayCodec(update.rule, roles, update.numbers)
         return [self._replayed[key]] * len(unit.sources)
 
-    def _codec(self, name: str) -> Codec:
-        if name not in self._codecs:
-            self._codecs[name] = codec_by_name(name)
-        return self._codecs[name]
+    def _codec(self, chosen: str | Codec) -> Codec:
+        if not isinstance(chosen, str):
+            return self._raw if chosen.id == self._raw.id else chosen
+        if chosen not in self._codecs:
+            self._codecs[chosen] = codec_by_name(chosen)
+        return self._codecs[chosen]
 
     def _stage(self, nbytes: int) -> Slot | None:
         if nbytes == 0:
@@ -480,11 +482,17 @@ def _refer(
 def _by_codec(
     columns: Sequence[CapturedColumn],
 ) -> list[tuple[Codec, list[CapturedColumn]]]:
-    coded: dict[str, tuple[Codec, list[CapturedColumn]]] = {}
+    coded: list[tuple[Codec, list[CapturedColumn]]] = []
     for column in columns:
-        if column.slot is None:
-            coded.setdefault(column.codec.id, (column.codec, []))[1].append(column)
-    return list(coded.values())
+        if column.slot is not None:
+            continue
+        for codec, members in coded:
+            if codec == column.codec:
+                members.append(column)
+                break
+        else:
+            coded.append((column.codec, [column]))
+    return coded
 
 
 def _reconstruct(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from asymcheck.codecs import codec_by_name
+from asymcheck.codecs.base import Codec
 from asymcheck.cost import CostModel
 from asymcheck.errors import CodecError
 
@@ -35,9 +36,9 @@ class PolicyRequest:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A codec id, and the figures behind it in a short sentence."""
+    """A codec, by its id (then with default parameters) or itself, and why in a short sentence."""
 
-    codec: str
+    codec: str | Codec
     reason: str
 
 
@@ -202,19 +203,20 @@ class Always:
     """One codec wherever it can be used, at any cost.
 
     Args:
-        codec: its id. "replay" is for parameters of which the update is known; other leaves get
-            "delta" with it.
+        codec: itself, or its id. "replay" is for parameters of which the update is known; other
+            leaves get "delta" with it.
         fallback: where `codec` needs a base and there is none.
 
     Raises:
         CodecError: if there is no such codec, or the fallback needs a base itself.
     """
 
-    codec: str = "delta"
+    codec: str | Codec = "delta"
     fallback: str = "plane"
 
     def __post_init__(self) -> None:
-        codec_by_name(self.codec)
+        if isinstance(self.codec, str):
+            codec_by_name(self.codec)
         if _needs_base(self.fallback):
             raise CodecError("the fallback must work without a predecessor", found=self.fallback)
 
@@ -222,8 +224,8 @@ class Always:
         """`codec`, or `fallback` if there is no predecessor for it."""
         codec = "delta" if self.codec == REPLAY else self.codec
         if request.has_base or not _needs_base(codec):
-            return Decision(codec, f"always {self.codec}")
-        return Decision(self.fallback, f"always {self.codec}, but there is no predecessor")
+            return Decision(codec, f"always {_id(self.codec)}")
+        return Decision(self.fallback, f"always {_id(self.codec)}, but there is no predecessor")
 
     def decide_replay(self, requests: Sequence[PolicyRequest]) -> Decision | None:
         """If that is the codec."""
@@ -295,8 +297,12 @@ def _write_s(request: PolicyRequest, ratio: float) -> float:
     return request.cost.line("write").beta_s_per_byte * request.nbytes * ratio
 
 
-def _needs_base(codec: str) -> bool:
-    return codec_by_name(codec).needs_base
+def _needs_base(codec: str | Codec) -> bool:
+    return (codec_by_name(codec) if isinstance(codec, str) else codec).needs_base
+
+
+def _id(codec: str | Codec) -> str:
+    return codec if isinstance(codec, str) else codec.id
 
 
 def _ms(seconds: float) -> str:

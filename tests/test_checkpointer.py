@@ -34,6 +34,7 @@ from asymcheck.errors import (
 )
 from asymcheck.idle import IdleProfile
 from asymcheck.index import load_index
+from asymcheck.inspection.fidelity import step_fidelity
 from asymcheck.pack import PackBuilder
 from asymcheck.partition import Phase, Window
 from asymcheck.policy import Decision, PolicyRequest
@@ -740,6 +741,34 @@ def test_the_reader_returns_the_reconstruction_exactly(store: MemoryStore) -> No
         assert np.array_equal(
             read[~kept & (np.arange(1000) > 0)], before[~kept & (np.arange(1000) > 0)]
         )
+
+
+def test_weights_and_moments_by_excp_stay_within_what_is_stated(store: MemoryStore) -> None:
+    """Twenty steps on end: what a reader gets is as far from the truth as stated, and no drift."""
+    rng = np.random.default_rng(2)
+    w, m = rng.normal(0, 0.02, 20_000), rng.normal(0.3, 0.23, 20_000)  # most weights drift
+    truth: list[dict[str, np.ndarray]] = []
+    with opened(store, strategy=AsymCheck(policy=Always("excp")), max_chain=200) as checkpointer:
+        for step in range(20):
+            m = 0.9 * m + 0.1 * rng.normal(0.3, 1, m.size)
+            w = w - 1e-4 * m
+            arrays = {"params": w, "exp_avg": m, "exp_avg_sq": m**2}
+            truth.append({kind: a.astype(np.float32) for kind, a in arrays.items()})
+            state = {kind: {"w": array} for kind, array in truth[-1].items()}
+            checkpointer.save(step, state)
+        checkpointer.wait()
+    rms: list[float] = []
+    for step in range(1, 20):
+        fidelity = step_fidelity(store, load_index(store, step))
+        assert fidelity is not None and fidelity.exact_leaves == 0
+        stated = {leaf.leaf: leaf.absolute for leaf in fidelity.lossy}
+        read = opened(store).restore(step)
+        for kind, true in truth[step].items():
+            error = np.abs(read[kind]["w"].astype(np.float64) - true)
+            assert stated[f"{kind}/w"] == error.max()
+        rms.append(float(np.sqrt(np.mean((read["params"]["w"] - truth[step]["params"]) ** 2))))
+    moved = float(np.sqrt(np.mean((truth[-1]["params"] - truth[0]["params"]) ** 2)))
+    assert max(rms[10:]) < 1.5 * max(rms[:10]) < 0.02 * moved
 
 
 def test_lossless_is_the_default() -> None:

@@ -302,6 +302,81 @@ def test_verify_in_small_batches(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [verdict.good for verdict in verify(LocalStore(run), [10, 30]).steps] == [False, False]
 
 
+def write_lossy(run: Path, codec: str, max_chain: int = 20) -> dict[int, Any]:
+    """The true states of two steps of a weight with its moments, a mask, and an empty leaf."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(0, 0.02, 20_000).astype(np.float32)
+    states: dict[int, Any] = {}
+    strategy = asymcheck.AsymCheck(policy=asymcheck.Always(codec))
+    with asymcheck.Checkpointer(run, strategy=strategy, max_chain=max_chain) as checkpointer:
+        for step in range(2):
+            weight = weight + rng.normal(0, 1e-4, weight.size).astype(np.float32)
+            first = rng.normal(0, 1e-3, weight.size).astype(np.float32)
+            states[step] = {
+                "params": {"w": weight, "mask": weight > 0, "empty": weight[:0]},
+                "exp_avg": {"w": first},
+                "exp_avg_sq": {"w": first**2},
+            }
+            checkpointer.save(step, states[step]).wait()
+    return states
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "rounded", "excp", "topk"])
+def test_verify_reports_the_fidelity_of_each_leaf(call: Call, tmp_path: Path, codec: str) -> None:
+    states = write_lossy(tmp_path, codec)
+    code, out, _ = call("verify", tmp_path, "--json")
+    [verdict] = json.loads(out)["steps"]
+    assert (code, verdict["good"]) == (0, True)
+    assert verdict["fidelity"]["exact_leaves"] == 2
+    lossy = {found["leaf"]: found for found in verdict["fidelity"]["lossy"]}
+    assert lossy.keys() == {"params/w", "exp_avg/w", "exp_avg_sq/w"}
+    with asymcheck.open_checkpoint(tmp_path) as checkpoint:
+        for path, found in lossy.items():
+            kind, name = path.split("/")
+            true = states[1][kind][name].astype(np.float64)
+            error = np.abs(checkpoint[path][...].astype(np.float64) - true)
+            assert error.max() > 0
+            assert (found["codec"], found["absolute"]) == (codec, error.max())
+            if codec == "topk":
+                assert found["relative"] is None
+            else:
+                assert found["relative"] == (error / np.abs(true)).max()
+    code, out, _ = call("verify", tmp_path)
+    head, *lines = out.splitlines()
+    assert head.startswith("step 1: good")
+    assert [line.split(":")[0].strip() for line in lines] == [*lossy, "exact"]
+    assert lines[-1] == "  exact: 2 leaves"
+    assert ("relative at most" in out) == (codec != "topk")
+    for line, found in zip(lines, lossy.values(), strict=False):
+        shown = re.search(rf": {codec}, error at most ([^ ,]+)", line)
+        assert shown is not None
+        assert found["absolute"] <= float(shown[1]) <= 1.01 * found["absolute"]
+
+
+def test_verify_of_lossless_steps_says_nothing_of_fidelity(call: Call, tmp_path: Path) -> None:
+    write_lossy(tmp_path, "topk")
+    assert "exact" not in call("verify", tmp_path, "--step=0")[1]  # the base
+    assert "fidelity" not in call("verify", tmp_path, "--step=0", "--json")[1]
+
+
+def test_verify_finds_damage_of_lossy_steps(call: Call, tmp_path: Path) -> None:
+    write_lossy(tmp_path, "int8")
+    flip_byte(packs(tmp_path, 1)[0], 3)
+    code, out, _ = call("verify", tmp_path)
+    assert code == 1
+    assert "step 1: BAD" in out and "error at most" not in out
+
+
+def test_fidelity_that_cannot_be_read_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lossy(tmp_path, "int8")
+    monkeypatch.setattr("asymcheck.inspection.fidelity.MAX_FIDELITY_NBYTES", 20)
+    [verdict] = verify(LocalStore(tmp_path), [1]).steps
+    assert not verdict.good
+    assert "does not state its bound" in str(verdict.damage[0])
+
+
 def test_verify_names_every_damaged_manifest(call: Call, tmp_path: Path) -> None:
     golden = Path(__file__).parent / "golden" / "v1" / "writers" / "run"
     shutil.copytree(golden, tmp_path / "run")

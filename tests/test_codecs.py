@@ -16,9 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asymcheck.codecs import (
+    Bf16Codec,
     DeltaCodec,
+    ExcpCodec,
+    Int8Codec,
     PlaneCodec,
     RawCodec,
+    RoundedCodec,
     TopKCodec,
     ZstdCodec,
     codec_by_name,
@@ -28,7 +32,9 @@ from asymcheck.codecs.base import Codec
 from asymcheck.errors import CodecError, FormatError, UnsupportedVersionError
 
 LOSSLESS = [RawCodec(), ZstdCodec(), PlaneCodec(), DeltaCodec()]
-ALL = [*LOSSLESS, TopKCodec()]
+LOSSY = [TopKCodec(), Bf16Codec(), Int8Codec(), RoundedCodec(), ExcpCodec()]
+ALL = [*LOSSLESS, *LOSSY]
+INCREMENTAL = [DeltaCodec(), TopKCodec(), ExcpCodec()]
 SIZES = (0, 1, 7, 1000, 20011)
 FLOAT32 = np.dtype("float32")
 
@@ -71,7 +77,11 @@ def test_several_columns_keep_their_order(codec: Codec):
     payloads = [memoryview(payload) for payload in codec.encode(columns)]
     outs = [column(np.empty_like(new), dtype, new) for new, dtype in zip(news, dtypes, strict=True)]
     codec.decode(outs, payloads)
-    assert [out.new.tobytes() for out in outs] == [new.tobytes() for new in news]
+    first, *others = (
+        (out.new.tobytes(), new.tobytes()) for out, new in zip(outs, news, strict=True)
+    )
+    assert codec.lossy or first[0] == first[1]
+    assert all(found == expected for found, expected in others)
 
 
 @pytest.mark.parametrize("codec", ALL, ids=ids)
@@ -88,7 +98,7 @@ def test_columns_need_no_alignment_and_are_not_written(codec: Codec, dtype):
         assert out.tobytes() == col.new.tobytes()
 
 
-@pytest.mark.parametrize("codec", [DeltaCodec(), TopKCodec()], ids=ids)
+@pytest.mark.parametrize("codec", INCREMENTAL, ids=ids)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decodes_in_place_over_the_predecessor(codec: Codec, dtype):
     new = content("real", dtype, 1003)
@@ -99,7 +109,7 @@ def test_decodes_in_place_over_the_predecessor(codec: Codec, dtype):
     assert old.tobytes() == apart.tobytes()
 
 
-@pytest.mark.parametrize("codec", [DeltaCodec(), TopKCodec()], ids=ids)
+@pytest.mark.parametrize("codec", INCREMENTAL, ids=ids)
 def test_needs_a_predecessor_of_the_same_length(codec: Codec):
     new = content("real", FLOAT32, 10)
     [payload] = codec.encode([column(new, FLOAT32, new)])
@@ -110,7 +120,7 @@ def test_needs_a_predecessor_of_the_same_length(codec: Codec):
             decoded(codec, payload, FLOAT32, new.size, old)
 
 
-@pytest.mark.parametrize("codec", [PlaneCodec(), DeltaCodec(), TopKCodec()], ids=ids)
+@pytest.mark.parametrize("codec", [PlaneCodec(), DeltaCodec(), *LOSSY], ids=ids)
 def test_refuses_partial_elements(codec: Codec):
     torn = np.zeros(7, np.uint8)
     with pytest.raises(CodecError, match="whole elements"):
@@ -210,6 +220,18 @@ GOLDEN_DIGESTS = {
     ("topk", 16): "a58bd6d59f7ec682",
     ("topk", 100003): "54d9caa83d485108",
     ("topk", "decoded"): "c1a2a9dd82cf2dcb",
+    ("bf16", 16): "3400b900d6f28e7e",
+    ("bf16", 100003): "6c4178c98d091732",
+    ("bf16", "decoded"): "5d8073652c8a81c9",
+    ("int8", 16): "40db706288f800d6",
+    ("int8", 100003): "0f531015baec3b86",
+    ("int8", "decoded"): "5084979c7f9362bf",
+    ("rounded", 16): "f1dcb7e5c429bc2b",
+    ("rounded", 100003): "36829583e8bd4a1b",
+    ("rounded", "decoded"): "926c8aa1d4f38710",
+    ("excp", 16): "90af6ff9a94c89e8",
+    ("excp", 100003): "0f081b52098043d2",
+    ("excp", "decoded"): "51608fbe064d379a",
 }
 GOLDEN_PAYLOADS = Path(__file__).parent / "golden_payloads"  # of version 1, from 2003 elements
 
@@ -270,7 +292,9 @@ def test_import_is_light_and_numba_optional():
 # --- registry --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", [*ALL, ZstdCodec(19), TopKCodec(0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "codec", [*ALL, ZstdCodec(19), TopKCodec(0.5), RoundedCodec(0.1), ExcpCodec(1, 3, 2)], ids=repr
+)
 def test_manifest_round_trip(codec: Codec):
     assert codec_from_manifest(codec.id, codec.params) == codec
 
@@ -280,9 +304,9 @@ def test_by_name_has_defaults(codec: Codec):
     assert codec_by_name(codec.id) == codec
 
 
-def test_only_top_k_is_lossy_and_only_two_need_a_base():
-    assert [codec.id for codec in ALL if codec.lossy] == ["topk"]
-    assert [codec.id for codec in ALL if codec.needs_base] == ["delta", "topk"]
+def test_which_are_lossy_and_which_need_a_base():
+    assert [codec for codec in ALL if codec.lossy] == LOSSY
+    assert [codec for codec in ALL if codec.needs_base] == INCREMENTAL
 
 
 def test_unknown_codecs_are_named():
@@ -299,6 +323,8 @@ def test_unknown_codecs_are_named():
         ("zstd", {}),
         ("zstd", {"level": 1, "extra": None}),
         ("topk", {"keep": 0.1}),
+        ("int8", {"block": 256}),
+        ("excp", {"alpha": 5e-5, "beta": 2.0}),
     ],
 )
 def test_wrong_parameter_names_are_refused(name, params):
@@ -313,6 +339,18 @@ def test_wrong_parameter_names_are_refused(name, params):
         *(
             ("topk", {"keep_fraction": fraction})
             for fraction in (0, -0.1, 1.5, float("nan"), True, "0.1", None)
+        ),
+        *(
+            ("rounded", {"relative_bound": bound})
+            for bound in (0.0, -0.1, 0.5, float("nan"), 1, True, "0.1", None)
+        ),
+        *(
+            ("excp", {"alpha": 5e-5, "beta": 2.0, "bits": 4, **wrong})
+            for wrong in (
+                *({name: value} for name in ("alpha", "beta") for value in (0, -1, True, None)),
+                *({"alpha": value} for value in (float("nan"), float("inf"))),
+                *({"bits": value} for value in (0, 3, 16, 4.0, True, None)),
+            )
         ),
     ],
 )

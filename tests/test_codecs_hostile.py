@@ -12,11 +12,25 @@ from codec_columns import changed, column, content, decoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asymcheck.codecs import DeltaCodec, PlaneCodec, RawCodec, TopKCodec, ZstdCodec, _zstd
+from asymcheck.codecs import (
+    Bf16Codec,
+    Column,
+    DeltaCodec,
+    ExcpCodec,
+    Int8Codec,
+    PlaneCodec,
+    RawCodec,
+    RoundedCodec,
+    TopKCodec,
+    ZstdCodec,
+    _zstd,
+)
 from asymcheck.codecs.base import Codec
+from asymcheck.codecs.excp import ROLES
 from asymcheck.errors import CodecError
 
-ALL = [RawCodec(), ZstdCodec(), PlaneCodec(), DeltaCodec(), TopKCodec(0.1)]
+LOSSY = [TopKCodec(0.1), Bf16Codec(), Int8Codec(), RoundedCodec(0.01), ExcpCodec()]
+ALL = [RawCodec(), ZstdCodec(), PlaneCodec(), DeltaCodec(), *LOSSY]
 TYPES = [np.dtype(t) for t in ("bool", "f4", "i8", "c16", ml_dtypes.bfloat16)]
 FLOAT32 = np.dtype("f4")
 FRAME_MAGIC = bytes.fromhex("28b52ffd")
@@ -24,15 +38,16 @@ FRAME_MAGIC = bytes.fromhex("28b52ffd")
 codecs = st.sampled_from(ALL)
 dtypes = st.sampled_from(TYPES)
 sizes = st.sampled_from([0, 1, 40, 700])
-kinds = st.sampled_from(["zeros", "real", "runs"])
+kinds = st.sampled_from(["zeros", "real", "runs", "special"])
+roles = st.sampled_from(ROLES)
 
 
-def valid(codec: Codec, dtype, kind: str, n: int) -> tuple[bytes, np.ndarray]:
-    """A payload and the predecessor that it is to be decoded on."""
+def valid(codec: Codec, dtype, kind: str, n: int, role: str = "params") -> tuple[bytes, np.ndarray]:
+    """A payload of a weight or of one of its moments, and the predecessor to decode it on."""
     new = content(kind, dtype, n)
     old = changed(new, dtype)
-    [payload] = codec.encode([column(new, dtype, old)])
-    return bytes(payload), old
+    payloads = codec.encode([Column(role, dtype, new, old) for role in ROLES])
+    return bytes(payloads[ROLES.index(role)]), old
 
 
 def decodes_or_refuses(codec: Codec, payload: bytes, dtype, old: np.ndarray) -> None:
@@ -49,9 +64,9 @@ def test_arbitrary_bytes(codec: Codec, dtype, n, payload):
 
 
 @settings(max_examples=200, deadline=None)
-@given(codec=codecs, dtype=dtypes, kind=kinds, n=sizes, data=st.data())
-def test_truncated(codec: Codec, dtype, kind, n, data):
-    payload, old = valid(codec, dtype, kind, n)
+@given(codec=codecs, dtype=dtypes, kind=kinds, n=sizes, role=roles, data=st.data())
+def test_truncated(codec: Codec, dtype, kind, n, role, data):
+    payload, old = valid(codec, dtype, kind, n, role)
     if payload:
         short = payload[: data.draw(st.integers(0, len(payload) - 1))]
         with pytest.raises(CodecError):
@@ -59,17 +74,24 @@ def test_truncated(codec: Codec, dtype, kind, n, data):
 
 
 @settings(max_examples=200, deadline=None)
-@given(codec=codecs, dtype=dtypes, kind=kinds, n=sizes, tail=st.binary(min_size=1, max_size=40))
-def test_extended(codec: Codec, dtype, kind, n, tail):
-    payload, old = valid(codec, dtype, kind, n)
+@given(
+    codec=codecs,
+    dtype=dtypes,
+    kind=kinds,
+    n=sizes,
+    role=roles,
+    tail=st.binary(min_size=1, max_size=40),
+)
+def test_extended(codec: Codec, dtype, kind, n, role, tail):
+    payload, old = valid(codec, dtype, kind, n, role)
     with pytest.raises(CodecError):
         decoded(codec, payload + tail, dtype, old.size, old)
 
 
 @settings(max_examples=500, deadline=None)
-@given(codec=codecs, dtype=dtypes, kind=kinds, n=sizes, data=st.data())
-def test_flipped_bits(codec: Codec, dtype, kind, n, data):
-    payload, old = valid(codec, dtype, kind, n)
+@given(codec=codecs, dtype=dtypes, kind=kinds, n=sizes, role=roles, data=st.data())
+def test_flipped_bits(codec: Codec, dtype, kind, n, role, data):
+    payload, old = valid(codec, dtype, kind, n, role)
     damaged = bytearray(payload)
     head = st.integers(0, min(60, 8 * len(payload) - 1))
     anywhere = st.integers(0, 8 * len(payload) - 1)
@@ -77,6 +99,17 @@ def test_flipped_bits(codec: Codec, dtype, kind, n, data):
         for bit in data.draw(st.lists(head | anywhere, min_size=1, max_size=4)):
             damaged[bit // 8] ^= 1 << (bit % 8)
     decodes_or_refuses(codec, bytes(damaged), dtype, old)
+
+
+@settings(max_examples=300, deadline=None)
+@given(codec=st.sampled_from(LOSSY), head=st.binary(max_size=64))
+def test_what_arbitrary_bytes_state_is_a_bound_or_refused(codec, head):
+    try:
+        fidelity = codec.fidelity(head)
+    except CodecError:
+        return
+    assert 0 <= fidelity.absolute < float("inf")
+    assert fidelity.relative >= 0
 
 
 @pytest.mark.parametrize("codec", ALL, ids=lambda codec: codec.id)
@@ -115,6 +148,21 @@ def plane_payload(*entries: tuple[int, int], body: bytes = b"") -> bytes:
 
 def top_k_payload(count: int, gaps: bytes, kept: bytes, *, bound: float = 0.0) -> bytes:
     return struct.pack("<BdQQ", 1, bound, count, len(gaps)) + gaps + kept
+
+
+def lossy_payload(
+    body: bytes,
+    *,
+    mode: int = 1,
+    absolute: float = 0.0,
+    relative: float = 0.0,
+    count: int = 0,
+    gaps: bytes = plane_payload(*[(0, 0)] * 4),
+    kept: bytes = plane_payload(*[(0, 0)] * 4),
+    gap_bytes: int | None = None,
+) -> bytes:
+    sizes = count, len(gaps) if gap_bytes is None else gap_bytes, len(kept)
+    return struct.pack("<BddQQQ", mode, absolute, relative, *sizes) + gaps + kept + body
 
 
 def planes_of(words: list[int], width: int) -> bytes:
@@ -165,6 +213,104 @@ HOSTILE = {
         top_k_payload(2, planes_of([5, 0], 4), planes_of([1, 1], 4)),
     ),
 }
+HALVES = planes_of([1] * 100, 2)
+SCALE, INTEGERS = planes_of([0x3F800000], 4), planes_of([1] * 100, 1)
+CENTRES, INDICES = struct.pack("<3f", -1, 1, 2), planes_of([0b01] * 25, 1)
+NAN, INFINITE = float("nan"), float("inf")
+
+
+def int8_body(scales: bytes, integers: bytes, nbytes: int | None = None) -> bytes:
+    return struct.pack("<Q", len(scales) if nbytes is None else nbytes) + scales + integers
+
+
+def excp_payload(bits: int, centres: bytes, indices: bytes, mode: int = 1) -> bytes:
+    return lossy_payload(bytes([bits]) + centres + indices, mode=mode)
+
+
+HOSTILE |= {
+    f"bf16: {name}": (Bf16Codec(), lossy_payload(HALVES, **claims))
+    for name, claims in {
+        "mode of another codec": {"mode": 2},
+        "exact for a float": {"mode": 0},
+        "bound is not a number": {"absolute": NAN},
+        "bound is infinite": {"absolute": INFINITE},
+        "bound is negative": {"absolute": -1.0},
+        "relative bound is not a number": {"relative": NAN},
+        "relative bound is negative": {"relative": -1.0},
+        "huge count": {"count": 1 << 60},
+        "wrong count": {"count": 1},
+        "huge gaps": {"gap_bytes": 1 << 63},
+        "index out of range": {
+            "count": 1,
+            "gaps": planes_of([100], 4),
+            "kept": planes_of([1], 4),
+        },
+        "index twice": {
+            "count": 2,
+            "gaps": planes_of([5, 0], 4),
+            "kept": planes_of([1, 1], 4),
+        },
+    }.items()
+}
+HOSTILE |= {
+    "rounded: words of another width": (RoundedCodec(), lossy_payload(HALVES)),
+    "int8: no body": (Int8Codec(), lossy_payload(b"")),
+    "int8: huge scales": (Int8Codec(), lossy_payload(int8_body(SCALE, INTEGERS, 1 << 63))),
+    "int8: too few scales": (
+        Int8Codec(),
+        lossy_payload(int8_body(plane_payload(*[(0, 0)] * 4), INTEGERS)),
+    ),
+    "int8: too few integers": (
+        Int8Codec(),
+        lossy_payload(int8_body(SCALE, planes_of([1] * 99, 1))),
+    ),
+    "int8: scale is not a number": (
+        Int8Codec(),
+        lossy_payload(int8_body(planes_of([0x7FC00000], 4), INTEGERS)),
+    ),
+    "int8: scale is negative": (
+        Int8Codec(),
+        lossy_payload(int8_body(planes_of([0xBF800000], 4), INTEGERS)),
+    ),
+    "int8: -128": (
+        Int8Codec(),
+        lossy_payload(int8_body(SCALE, planes_of([0x80] * 100, 1))),
+    ),
+    "excp: no body": (ExcpCodec(), lossy_payload(b"")),
+    "excp: unknown width": (ExcpCodec(), excp_payload(3, CENTRES, INDICES)),
+    "excp: huge width": (ExcpCodec(), excp_payload(255, CENTRES, INDICES)),
+    "excp: ends within centres": (ExcpCodec(), excp_payload(2, CENTRES[:5], b"")),
+    "excp: centre is not a number": (
+        ExcpCodec(),
+        excp_payload(2, struct.pack("<3f", NAN, 1, 2), INDICES),
+    ),
+    "excp: too few indices": (ExcpCodec(), excp_payload(2, CENTRES, planes_of([1] * 24, 1))),
+    "excp: unknown mode": (ExcpCodec(), excp_payload(2, CENTRES, INDICES, mode=3)),
+}
+
+
+def test_the_hostile_payloads_are_only_just_wrong():
+    """Their parts, put together as they should be, decode."""
+    new = np.zeros(400, np.uint8)
+    for codec, payload in (
+        (Bf16Codec(), lossy_payload(HALVES)),
+        (RoundedCodec(), lossy_payload(planes_of([1] * 100, 4))),
+        (Int8Codec(), lossy_payload(int8_body(SCALE, INTEGERS))),
+        (ExcpCodec(), excp_payload(2, CENTRES, INDICES)),
+        (ExcpCodec(), excp_payload(2, CENTRES, INDICES, mode=2)),
+    ):
+        codec.decode([column(new, FLOAT32, new)], [memoryview(payload)])
+
+
+def test_unused_bits_of_excp_are_refused():
+    new = np.zeros(12, np.uint8)
+    for last, good in ((0b00_01_01_01, True), (0b01_01_01_01, False)):
+        payload = memoryview(excp_payload(2, CENTRES, planes_of([last], 1)))
+        if good:
+            ExcpCodec().decode([column(new, FLOAT32, new)], [payload])
+        else:
+            with pytest.raises(CodecError, match="unused"):
+                ExcpCodec().decode([column(new, FLOAT32, new)], [payload])
 
 
 @pytest.mark.parametrize(("codec", "payload"), HOSTILE.values(), ids=HOSTILE)

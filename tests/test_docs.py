@@ -194,14 +194,15 @@ def test_the_specification_lists_the_dtypes_of_the_code() -> None:
 
 
 def test_the_specification_lists_the_codecs_of_the_code() -> None:
-    ids = [row[0].strip("`") for row in table_rows(section(9)) if len(row) == 4][1:]
+    rows = [row for row in table_rows(section(9)) if len(row) == 4][1:]
+    ids = [row[0].strip("`") for row in rows][: len(_CODECS)]  # formulas have four columns, too
     assert sorted(ids) == sorted(_CODECS)
     for row in table_rows(section(9))[1 : len(ids) + 1]:
         codec = codec_by_name(row[0].strip("`"))
         parameters = re.findall(r"`(\w+)`", row[1])
-        assert parameters == sorted(codec.params)
+        assert sorted(set(parameters)) == sorted(codec.params)
         assert (row[2], row[3]) == (_yes(codec.needs_base), _yes(codec.lossy))
-    assert not any(codec_by_name(id).joint for id in ids)
+    assert [id for id in ids if codec_by_name(id).joint] == ["replay"]
 
 
 def _yes(value: bool) -> str:

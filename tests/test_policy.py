@@ -5,9 +5,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from asymcheck.codecs import _CODECS, codec_by_name
 from asymcheck.cost import CostModel
 from asymcheck.errors import CodecError
 from asymcheck.policy import Always, CompressionPolicy, Never, PolicyRequest, Selective
+from asymcheck.strategies import STRATEGIES
 
 MIB = 1 << 20
 GB = 1e9
@@ -375,3 +377,29 @@ def test_policies_are_values() -> None:
     assert hash(policy) == hash(Selective())
     assert policy != Selective(("plane",))
     assert repr(Never()) == "Never()"
+
+
+# -- lossy ------------------------------------------------------------------------------------
+
+LOSSY = [id for id in _CODECS if codec_by_name(id).lossy]
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+@pytest.mark.parametrize(
+    "policy",
+    [*(strategy().policy for strategy in STRATEGIES.values()), Selective(), Always(), Never()],
+    ids=repr,
+)
+def test_no_default_is_lossy_however_cheap(policy: CompressionPolicy, has_base: bool) -> None:
+    free = dict.fromkeys(LOSSY, (0.0, 1e15))
+    cost = model(1e6, encode=free, ratio=dict.fromkeys(LOSSY, 1e-6))
+    asked = [request(cost, kind=k, dtype=d, has_base=has_base) for k, d in CLASSES] * 600
+    codecs = {chosen(policy, each) for each in asked}  # also those that explore
+    assert codecs.isdisjoint(LOSSY)
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_lossy_codecs_are_chosen_by_name(codec: str) -> None:
+    assert chosen(Always(codec), request(model(1e9))) == codec
+    free = model(1e6, encode={codec: (0.0, 1e15)}, ratio={codec: 1e-6})
+    assert chosen(Selective(candidates=(codec,)), request(free)) == codec

@@ -7,22 +7,30 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from asymcheck.codecs.base import Codec, Column, JsonValue
+from asymcheck.codecs.bf16 import Bf16Codec
 from asymcheck.codecs.delta import DeltaCodec
+from asymcheck.codecs.excp import ExcpCodec
+from asymcheck.codecs.int8 import Int8Codec
 from asymcheck.codecs.plane import PlaneCodec
 from asymcheck.codecs.raw import RawCodec
 from asymcheck.codecs.replay import ReplayCodec
+from asymcheck.codecs.rounded import RoundedCodec
 from asymcheck.codecs.topk import TopKCodec
 from asymcheck.codecs.zstd import ZstdCodec
 from asymcheck.errors import CodecError, FormatError, UnsupportedVersionError
 
 __all__ = [
+    "Bf16Codec",
     "Codec",
     "Column",
     "DeltaCodec",
+    "ExcpCodec",
+    "Int8Codec",
     "JsonValue",
     "PlaneCodec",
     "RawCodec",
     "ReplayCodec",
+    "RoundedCodec",
     "TopKCodec",
     "ZstdCodec",
     "codec_by_name",
@@ -30,9 +38,10 @@ __all__ = [
     "warm_up",
 ]
 
+_LOSSLESS: tuple[Callable[..., Codec], ...] = (RawCodec, ZstdCodec, PlaneCodec, DeltaCodec)
+_LOSSY = (TopKCodec, Bf16Codec, Int8Codec, RoundedCodec, ExcpCodec)
 _CODECS: dict[str, Callable[..., Codec]] = {
-    codec.id: codec
-    for codec in (RawCodec, ZstdCodec, PlaneCodec, DeltaCodec, ReplayCodec, TopKCodec)
+    codec.id: codec for codec in (*_LOSSLESS, ReplayCodec, *_LOSSY)
 }
 
 

@@ -78,3 +78,37 @@ class Codec(Protocol):
                 is bounded by a small multiple of the columns' own size.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """What a payload states about how far its decoded values may be from the true ones.
+
+    Attributes:
+        exact: whether every bit comes back; the bounds are 0 then.
+        absolute: bound on |decoded - true|, in float64.
+        relative: bound on |decoded - true| / |true|, 0/0 taken as 0; infinite where none is stated.
+    """
+
+    exact: bool
+    absolute: float
+    relative: float
+
+
+class LossyCodec(Codec, Protocol):
+    """A codec whose payloads state their bounds.
+
+    `encode` raises CodecError rather than give a payload that does not hold them.
+    """
+
+    def fidelity(self, payload: bytes | memoryview) -> Fidelity:
+        """What a payload states; its first `MAX_FIDELITY_NBYTES` bytes suffice.
+
+        Raises:
+            CodecError: if the payload's header does not follow the layout.
+        """
+        ...
+
+
+MAX_FIDELITY_NBYTES = 64
+"""Bounds are stated within that many bytes of every payload of a lossy codec."""

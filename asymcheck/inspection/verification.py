@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from asymcheck.errors import (
     ShortReadError,
 )
 from asymcheck.index import StepIndex, StoredBlock, load_chain, load_index
+from asymcheck.inspection.fidelity import StepFidelity, step_fidelity
 from asymcheck.inspection.progress import Progress
 from asymcheck.inspection.text import size
 from asymcheck.manifest import MAX_BLOCK_NBYTES
@@ -48,12 +50,16 @@ class Damage:
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """Whether a step restores; else what is wrong with it and with the steps below it."""
+    """Whether a step restores; else what is wrong with it and with the steps below it.
+
+    `fidelity` is set for good steps with lossy blocks only.
+    """
 
     step: int
     good: bool
     raw_nbytes: int
     damage: list[Damage]
+    fidelity: StepFidelity | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,13 @@ class Verification:
         return all(verdict.good for verdict in self.steps)
 
     def text(self) -> Iterator[str]:
-        """A line for each step, and one for each thing that is wrong with it."""
+        """A line for each step, and one for each thing wrong with it or leaf that is not exact."""
         for verdict in self.steps:
             state = f"good, {size(verdict.raw_nbytes)}" if verdict.good else "BAD"
             yield f"step {verdict.step}: {state}"
             yield from (f"  {damage}" for damage in verdict.damage)
+            if isinstance(verdict.fidelity, StepFidelity):
+                yield from (f"  {line}" for line in verdict.fidelity.text())
 
 
 def verify(store: Store, steps: Sequence[int], progress: bool | None = None) -> Verification:
@@ -104,10 +112,13 @@ class _Verifier:
         try:
             chain = load_chain(self._store, step)
             nbytes = self._decode(chain)
+            fidelity = step_fidelity(self._store, chain[0])
         except (CorruptionError, FormatError) as error:
             return StepVerdict(step, False, 0, self._all_damage(step, error))
         damage = self._wrong_lengths(chain[0])
-        return StepVerdict(step, not damage, nbytes, damage)
+        if damage or fidelity is None:
+            return StepVerdict(step, not damage, nbytes, damage)
+        return StepVerdict(step, True, nbytes, damage, fidelity)
 
     def _decode(self, chain: list[StepIndex]) -> int:
         """Decode what is not known to decode; the bytes of the whole step."""

@@ -73,7 +73,7 @@ def _weight_cuda(k: Constants, w: Any, m: Any, v: Any) -> Any:
 
 
 def _weight_optax(k: Constants, w: Any, m: Any, v: Any) -> Any:
-    u = (m * k[1]) / (np.sqrt(v * k[2]) + k[3])
+    u: Any = (m * k[1]) / (np.sqrt(v * k[2]) + k[3])
     return f32(f64(k[0]) * f64(u + k[4] * w) + f64(w))
 
 

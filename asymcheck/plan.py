@@ -22,7 +22,7 @@ from asymcheck.state import LeafSource, LeafSpec, ShardSpec, StateView, Update, 
 
 BLOCK_NBYTES = 4 << 20
 """Largest block of one leaf: small enough for the cache, large enough to amortise Python."""
-_REPLAYED_FROM_ELEMENTS = 8192  # to find out how to predict fewer takes longer than storing them
+_REPLAYED_FROM_ELEMENTS = 4096  # to find out how to predict fewer takes longer than storing them
 
 
 Class = tuple[str, str]

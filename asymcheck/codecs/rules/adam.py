@@ -29,6 +29,8 @@ from asymcheck.codecs.rules.base import (
     power,
 )
 
+_where: Any = np.where
+
 NUMBERS = ("lr", "beta1", "beta2", "eps", "decay", "l2", "step", "corrects_bias")
 
 
@@ -78,7 +80,7 @@ def _weight_optax(k: Constants, w: Any, m: Any, v: Any) -> Any:
 
 
 def _largest(_k: Constants, largest: Any, v: Any) -> Any:
-    return np.where(v > largest, v, largest)  # np.maximum may give either of two zeros
+    return _where(v > largest, v, largest)  # np.maximum may give either of two zeros
 
 
 def _root(_k: Constants, v: Any) -> Any:

@@ -58,6 +58,7 @@ T = TypeVar("T")
 _log = logging.getLogger("asymcheck")
 
 MIN_HOST_NBYTES = 1 << 20
+MAX_CHAIN_OF_MANY = 10
 _RUN_ID = re.compile(r"[0-9a-z]{1,32}")
 
 
@@ -77,7 +78,8 @@ class Checkpointer:
         max_to_keep: keep the newest so many steps (and what they decode from); None keeps all.
         keep_every: also keep steps that are multiples of this.
         max_chain: an increment has at most so many steps below it, up to 256; 0 stores every
-            step in full.
+            step in full. None chooses by what writing and restoring cost (see
+            `asymcheck.chains`), and stands for 10 with several writers, who must agree.
         on_error: a failed save raises `SaveFailedError` at the next call ("raise"), or is logged
             while training goes on ("warn").
         writer, writers: this process's number and their count; all write the same run.
@@ -106,7 +108,7 @@ class Checkpointer:
         max_host_bytes: int = 4 << 30,
         max_to_keep: int | None = None,
         keep_every: int | None = None,
-        max_chain: int = 10,
+        max_chain: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         writer: int = 0,
         writers: int = 1,
@@ -136,6 +138,8 @@ class Checkpointer:
         self._attempts = 0
         self._plan: Plan | None = None
         self._planned_windows: list[Window] = []
+        if max_chain is None and writers > 1:
+            max_chain = MAX_CHAIN_OF_MANY
         self._increments = Increments(self.strategy.policy, max_chain)
         self._last: Attempt | None = None
         self._capture: Capture | None = None
@@ -162,7 +166,7 @@ class Checkpointer:
     @staticmethod
     def _check(
         max_host_bytes: int,
-        max_chain: int,
+        max_chain: int | None,
         on_error: str,
         writer: int,
         writers: int,
@@ -170,7 +174,7 @@ class Checkpointer:
     ) -> None:
         if max_host_bytes < MIN_HOST_NBYTES:
             raise ValueError(f"max_host_bytes must be at least {MIN_HOST_NBYTES}")
-        if not 0 <= max_chain <= MAX_CHAIN:
+        if max_chain is not None and not 0 <= max_chain <= MAX_CHAIN:
             raise ValueError(f"max_chain must be within 0 and {MAX_CHAIN}, not {max_chain}")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error must be 'raise' or 'warn', not {on_error!r}")
@@ -616,6 +620,7 @@ class Checkpointer:
         self._known[attempt.step] = Committed(
             attempt.step, attempt.name, attempt.base_step if attempt.used_base else None
         )
+        self._increments.note_stored(attempt, self.cost)
         if self._writer == 0 and self._retention.max_to_keep is not None:
             self._tidy(lambda: self._apply_retention(attempt.step))
 

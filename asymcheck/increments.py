@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from asymcheck.attempt import Attempt
+from asymcheck.chains import ChainCost
+from asymcheck.cost import CostModel
 from asymcheck.encode import MIN_CAPTURE_BUFFERS
 from asymcheck.pipeline import Pipeline
 from asymcheck.plan import Class, Plan
@@ -24,17 +26,18 @@ _log = logging.getLogger("asymcheck")
 class Increments:
     """Decides for each attempt, in order, whether it has a base; keeps the `Reference`.
 
-    Used on the training thread, but for `break_chain`.
+    Used on the training thread, but for `break_chain` and `note_stored`.
 
     Args:
         policy: whether increments are wanted at all.
-        max_chain: an increment has at most so many steps below it.
+        max_chain: an increment has at most so many steps below it; None: as many as pay.
     """
 
-    def __init__(self, policy: CompressionPolicy, max_chain: int) -> None:
+    def __init__(self, policy: CompressionPolicy, max_chain: int | None) -> None:
         self.reference: Reference | None = None
         self._policy = policy
         self._max_chain = max_chain
+        self._chain = ChainCost()
         self._last: Attempt | None = None
         self._broken = threading.Event()
         self._dropped_in_use: threading.Event | None = None  # set when a dropped one is not read
@@ -49,6 +52,11 @@ class Increments:
         """The next attempt is a base: one failed, and those in flight on it will, too."""
         self._broken.set()
 
+    def note_stored(self, attempt: Attempt, cost: CostModel) -> None:
+        """An attempt is committed."""
+        sizes = attempt.plan.nbytes, attempt.stored_nbytes
+        self._chain.add(*sizes, is_base=not attempt.used_base, cost=cost)
+
     def forget(self) -> None:
         """Nothing builds on what the reference holds: that step may be gone."""
         if self.reference is not None:
@@ -57,7 +65,8 @@ class Increments:
     def base_of(self, step: int, number: int, plan: Plan, pipeline: Pipeline) -> int | None:
         """The step that attempt `number`, at `step`, may be an increment to; None for a base.
 
-        Bases stand at fixed numbers, so that the writers agree on them without talking.
+        With a given `max_chain` bases stand at fixed numbers, so that several writers agree on
+        them without talking.
         """
         base = self._predecessor(step, number, plan)
         self._keep_reference(plan, pipeline, needed=base is not None)
@@ -74,10 +83,15 @@ class Increments:
         if self._broken.is_set():
             self._broken.clear()  # what is set from here on is about attempts before this base
             return None
-        if last is None or reference is None or number % (self._max_chain + 1) == 0:
+        if last is None or reference is None or self._chain_ends(number):
             return None
         whole = reference.holds == last.name and reference.signature == plan.signature
         return last if whole and last.error is None and last.step < step else None
+
+    def _chain_ends(self, number: int) -> bool:
+        if self._max_chain is None:
+            return self._chain.end_if_due()
+        return number % (self._max_chain + 1) == 0
 
     def _keep_reference(self, plan: Plan, pipeline: Pipeline, *, needed: bool) -> None:
         """Have a reference, or none, as the policy wants it; unless `needed` it may be dropped."""

@@ -9,12 +9,16 @@ from asymcheck_jax.arguments import AsymCheckRestore, AsymCheckSave
 from asymcheck_jax.donation import HeldDonation, hold_donation
 from asymcheck_jax.handler import AsymCheckHandler
 from asymcheck_jax.loading import load
+from asymcheck_jax.updates import AdamUpdate, LionUpdate, SGDUpdate
 
 __all__ = [
+    "AdamUpdate",
     "AsymCheckHandler",
     "AsymCheckRestore",
     "AsymCheckSave",
     "HeldDonation",
+    "LionUpdate",
+    "SGDUpdate",
     "hold_donation",
     "load",
 ]

@@ -69,7 +69,8 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         strategy: see `asymcheck.Checkpointer`.
         max_host_bytes: bound on host memory of this process for buffers and the increments'
             reference.
-        max_chain: an increment has at most so many steps below it; 0 stores every step in full.
+        max_chain: an increment has at most so many steps below it; 0 stores every step in full,
+            None chooses by cost.
         donation_is_held: captures on a device may go on after `save` has returned.
         commit_timeout_s: how long processes wait for each other, and for Orbax's directories.
     """
@@ -79,7 +80,7 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         *,
         strategy: str | Strategy = "asymcheck",
         max_host_bytes: int = 4 << 30,
-        max_chain: int = 10,
+        max_chain: int | None = None,
         donation_is_held: bool = False,
         commit_timeout_s: float = 300.0,
     ) -> None:
@@ -114,7 +115,7 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
     def _begin(self, directory: epath.Path, args: Any) -> list[Any]:
         place = Place.of(directory)
         self._abandon_last(place)
-        view = view_of(args.item, jax.process_index())
+        view = view_of(args.item, jax.process_index(), args.update)
         checkpointer, step = self._checkpointer_for(place)
         if self._base_step is None:
             checkpointer.start_chain()

@@ -13,8 +13,17 @@ from numpy.typing import NDArray
 
 from asymcheck import tree
 from asymcheck.errors import UnsupportedStateError
-from asymcheck.state import ArraySource, LeafSource, LeafSpec, ShardSpec, StateView, dtype_name
+from asymcheck.state import (
+    ArraySource,
+    LeafSource,
+    LeafSpec,
+    ShardSpec,
+    StateView,
+    Update,
+    dtype_name,
+)
 from asymcheck_jax.trees import is_array, plain
+from asymcheck_jax.updates import OptimizerUpdate, step_in, updates_of
 
 _MEMBERS = frozenset({"params", "mu", "nu", "trace", "ema", "m", "v"})
 
@@ -77,12 +86,12 @@ class HostShard:
         np.copyto(out, self.memory[begin : begin + len(out)])
 
 
-def view_of(state: Any, process: int) -> StateView:
+def view_of(state: Any, process: int, update: OptimizerUpdate | None = None) -> StateView:
     """A pytree as a `StateView`: of every array the shards that this process has to store.
 
     Of the copies of a shard the one numbered 0 is stored, so each byte once over all processes.
     What is no `jax.Array` is the same on all processes, and process 0 stores it; NumPy arrays are
-    copied, since they may change at any time.
+    copied, since they may change at any time. `update` is what the state was made by.
 
     Raises:
         UnsupportedStateError: something cannot be stored; names its path.
@@ -101,7 +110,10 @@ def view_of(state: Any, process: int) -> StateView:
     structure = flat.structure
     if process != 0 and isinstance(structure, dict) and "dict" in structure:
         structure = {"dict": []}  # Python values may differ: those of process 0 count
-    return StateView(structure, tuple(sources), aliases)
+    updates: dict[str, Update] = {}
+    if update is not None:
+        updates = updates_of(sources, update, step_in(flat.leaves))
+    return StateView(structure, tuple(sources), aliases, updates)
 
 
 def _identity(value: object) -> Hashable:

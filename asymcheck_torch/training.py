@@ -57,7 +57,7 @@ def attach(
     max_to_keep: int | None = 5,
     keep_every: int | None = None,
     max_host_bytes: int = 4 << 30,
-    max_chain: int = 10,
+    max_chain: int | None = None,
     on_error: Literal["raise", "warn"] = "raise",
     process_group: torch.distributed.ProcessGroup | None = None,
     stall_timeout_s: float = 300.0,

@@ -500,7 +500,7 @@ def test_chains_are_as_long_as_allowed(store: MemoryStore) -> None:
 def test_a_changed_state_begins_a_chain(store: MemoryStore) -> None:
     state = training_state(12)
     grown = {**state, "new": {"w": np.ones(10)}}
-    with opened(store, strategy=DELTA) as checkpointer:
+    with opened(store, strategy=DELTA, max_chain=10) as checkpointer:
         for step, each in enumerate([state, state, grown, grown, grown, state]):
             checkpointer.save(step, each).wait()
         for step, each in enumerate([state, state, grown, grown, grown, state]):

@@ -95,7 +95,7 @@ def test_compiles_without_a_cache_where_none_can_be_written(monkeypatch):
             return types
 
         @staticmethod
-        def njit(signature, *, nogil, cache=False):
+        def njit(signature, *, nogil, error_model, cache=False):
             asked.append(cache)
             if cache:
                 raise RuntimeError("cannot cache function: no locator available")

@@ -145,6 +145,23 @@ def test_columns_need_no_alignment_and_are_not_written():
     is_exact(shifted)
 
 
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_subnormal_gradients_among_others_come_back(rule):
+    block = trained(rule, 20_000)
+    rng = np.random.default_rng(3)
+    few = np.flatnonzero(rng.random(20_000) < 0.1)
+    first = RULES[rule].roles.index("first")
+    columns = list(block.columns)
+    c = columns[first]
+    new, old = c.new.view("f4").copy(), np.array(c.old).view("f4")
+    old[few] = 0  # so that the moment is a part of the gradient
+    new[few] = rng.normal(0, 1e-40, few.size).astype(np.float32)
+    columns[first] = Column(c.kind, c.dtype, new.view(np.uint8), old.view(np.uint8))
+    changed_block = Block(block.codec, columns)
+    assert changed_block.encode()[first][0] == 2
+    is_exact(changed_block)
+
+
 # -- how small ---------------------------------------------------------------------------------
 
 

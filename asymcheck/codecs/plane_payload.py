@@ -47,6 +47,8 @@ def encode(words: Words) -> memoryview:
 
 def encode_difference(new: Words, old: Words, prefix: bytes = b"") -> memoryview:
     """The payload of the differences of the bit patterns, zigzag(new − old); after `prefix`."""
+    if _are_equal(new, old):
+        return memoryview(prefix + _all_constant(new.itemsize))
     return _encode(new, lambda planes: kernels().split_difference(new, old, planes), prefix)
 
 
@@ -66,11 +68,26 @@ def decode_difference(payload: memoryview, words: Words) -> None:
     Raises:
         CodecError: as `decode` does.
     """
+    equal = _all_constant(words.itemsize)
+    if words.size and payload.nbytes == len(equal) and bytes(payload) == equal:
+        return
     kernels().merge_difference(_decode_planes(payload, words.itemsize, words.size), words)
 
 
 def _header_bytes(width: int) -> int:
     return 1 + width * _PLANE.size
+
+
+def _are_equal(new: Words, old: Words) -> bool:
+    """Whether there are words, and no differences; mostly decided by the first ones."""
+    first = slice(0, _SAMPLE_BYTES)
+    same = new.size > 0 and np.array_equal(new[first], old[first])
+    return same and np.array_equal(new, old)
+
+
+def _all_constant(width: int) -> bytes:
+    """The payload of zeros."""
+    return bytes([width]) + width * _PLANE.pack(_CONSTANT, 1) + bytes(width)
 
 
 def _encode(words: Words, split: Callable[[Bytes], None], prefix: bytes) -> memoryview:

@@ -242,11 +242,15 @@ def _estimated(form: MomentForm, numbers: Numbers, new: Floats, old: Floats) -> 
 
 
 def _snapped(grid: Grid, l2: float, estimate: Floats, weight: Floats) -> Floats:
-    """Grid numbers."""
-    constants, zeros = _grid.constants_of(grid, l2), np.zeros_like(estimate)
+    """Grid numbers, as they come back when they are folded and unfolded."""
+    constants, snapped = _grid.constants_of(grid, l2), np.zeros_like(estimate)
     if l2:
-        return _computed(_grid.snap_decayed, constants, (estimate, weight), zeros)
-    return _computed(_grid.snap, constants, (estimate,), zeros)
+        _computed(_grid.snap_decayed, constants, (estimate, weight), snapped, snapped)
+    else:
+        _computed(_grid.snap, constants, (estimate,), snapped, snapped)
+    words = _words(snapped)  # subnormal ones may have more bits
+    np.bitwise_and(words, ~np.uint32((1 << (24 - grid.bits)) - 1), out=words)
+    return snapped
 
 
 def _gradient(grid: Grid, l2: float, numbers: Floats, weight: Floats) -> Floats:

@@ -92,6 +92,14 @@ class Parameters:
         self.by_name[name] = parameter
         self.name_of.setdefault(id(parameter), name)
 
+    def distinct(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter once, under its first name."""
+        seen: set[int] = set()
+        for name, parameter in self.by_name.items():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
+
     def of_group(self, group: Mapping[str, Any]) -> list[str]:
         """The names of a group's parameters."""
         return [self.name_of[id(parameter)] for parameter in group["params"]]

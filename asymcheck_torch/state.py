@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from zlib import crc32
 
@@ -78,6 +78,7 @@ class TrainingState:
     _clocks: DeviceClocks = field(default_factory=DeviceClocks)
     _at_update: dict[str, Any] = field(default_factory=dict[str, Any])
     _updates: dict[str, Update] = field(default_factory=dict[str, Update])
+    _master_of: Mapping[str, str] = field(default_factory=dict[str, str])
     _live_part: tuple[list[Any], _Part] | None = None
 
     @property
@@ -92,6 +93,11 @@ class TrainingState:
         """
         self._own_copies.restart()
         self._updates = self.trained.updates(step)
+        self._master_of = self.trained.masters()
+        for name, master in self._master_of.items():
+            if (update := self._updates.get(master)) is not None:
+                roles = *update.roles, (f"params/{_group_of(name)}", "copy")
+                self._updates[master] = replace(update, roles=roles)
         on_cuda = torch.cuda.is_initialized()
         devices = cuda_devices(self.module.parameters()) if on_cuda else []
         self._at_update = {
@@ -119,7 +125,7 @@ class TrainingState:
             {"dict": pairs},
             live.sources + copied.sources,
             live.aliases | copied.aliases,
-            self._updates,
+            {_group_of(name): update for name, update in self._updates.items()},
         )
 
     # -- what there is ---------------------------------------------------------------------
@@ -192,10 +198,14 @@ class TrainingState:
         )
 
     def _sources(self, leaves: Mapping[str, object]) -> list[LeafSource]:
-        sources = (self._source(path, value) for path, value in leaves.items())
+        masters = {  # copies in low precision move with their masters
+            f"params/{_group_of(name)}": _group_of(master)
+            for name, master in self._master_of.items()
+        }
+        sources = (self._source(path, value, masters.get(path)) for path, value in leaves.items())
         return [source for source in sources if source is not None]
 
-    def _source(self, path: str, value: object) -> LeafSource | None:
+    def _source(self, path: str, value: object, master: str | None) -> LeafSource | None:
         """A leaf as this rank stores it; None if others store all of it.
 
         Small leaves go to a rank chosen by name, so that those of one parameter stay together.
@@ -205,7 +215,7 @@ class TrainingState:
         if kind in _OF_RANK_0 and rank:
             return None
         replica, replicas = (0, 1) if kind in _OF_RANK_0 | {"ranks"} else (rank, size)
-        group = _group(kind, name, path, value)
+        group = master or _group(kind, name, path, value)
         small = crc32(group.encode())
         if not isinstance(value, torch.Tensor | Part):
             owned = share(size_of(value), replica, replicas, small)
@@ -250,6 +260,11 @@ class _Refused:
 def refused(error: Exception) -> StateView:
     """The view of a rank that cannot show its state: the other ranks learn that, and why."""
     return StateView({"dict": []}, (_Refused(error),))
+
+
+def _group_of(name: str) -> str:
+    """The group of a parameter's leaves: its name as it stands in paths."""
+    return tree.join_path("", name)
 
 
 def _group(kind: str, name: str, path: str, value: object) -> str:

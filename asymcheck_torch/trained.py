@@ -27,6 +27,7 @@ from asymcheck_torch.tensors import torch_dtype
 from asymcheck_torch.updates import step_of, update_of
 
 Live = Mapping[str, Mapping[str, Held]]
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
 _OF_OPTIMIZER_ONLY = re.compile(r"optim\d+/group\d+/\d+")
 
 
@@ -63,6 +64,10 @@ class Trained(Protocol):
 
         Called right after update number `step`, with the options that it was made with.
         """
+        ...
+
+    def masters(self) -> dict[str, str]:
+        """{parameter: the one in full precision that it is a rounded copy of}, by their names."""
         ...
 
     def engine_state(self) -> dict[str, Any] | None:
@@ -123,6 +128,22 @@ class ModuleAndOptimizers:
             for group in optimizer.param_groups:
                 found |= _updates(optimizer, index, group, parameters, step)
         return found
+
+    def masters(self) -> dict[str, str]:
+        """Parameters that only optimizers have, if they match those of the module one by one.
+
+        A pair that is none costs bytes and nothing else: copies are checked bit for bit.
+        """
+        copies: dict[str, torch.Tensor] = {}
+        masters: dict[str, torch.Tensor] = {}
+        trained = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        for name, parameter in self._parameters().distinct():
+            if _OF_OPTIMIZER_ONLY.fullmatch(name) and parameter.dtype == torch.float32:
+                masters[name] = parameter
+            elif id(parameter) not in trained and parameter.dtype in _LOW_PRECISION:
+                copies[name] = parameter
+        shapes = [[p.shape for p in each.values()] for each in (copies, masters)]
+        return dict(zip(copies, masters, strict=True)) if shapes[0] == shapes[1] else {}
 
     def engine_state(self) -> dict[str, Any] | None:
         """There is no engine."""

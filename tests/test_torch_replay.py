@@ -96,6 +96,46 @@ def test_gradients_of_low_precision_are_stored_as_such(name, tmp_path):
     assert_comes_back(tmp_path, make, states)
 
 
+def test_copies_in_low_precision_of_masters_take_nothing(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    module = module.bfloat16()
+    masters = [p.detach().float().requires_grad_() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(masters, lr=1e-3)
+    expected = None
+    with asymcheck_torch.attach(module, optimizer, url=tmp_path, strategy=REPLAY) as checkpointer:
+        for _ in range(STEPS):
+            x = torch.randn(64, WIDTH).bfloat16()
+            (module(x) - x).float().square().mean().backward()
+            for parameter, master in zip(module.parameters(), masters, strict=True):
+                master.grad = parameter.grad.float()
+            nn.utils.clip_grad_norm_(masters, 1e-3)
+            optimizer.step()
+            with torch.no_grad():
+                for parameter, master in zip(module.parameters(), masters, strict=True):
+                    parameter.copy_(master)
+                    parameter.grad = None
+            expected = copy.deepcopy([module.state_dict(), masters, optimizer.state_dict()])
+        checkpointer.wait()
+    stored: dict[str, int] = {}
+    raw = 0
+    with closing(open_store(tmp_path)) as store:
+        for block in load_index(store, STEPS).blocks():
+            if block.codec.id == "replay":
+                dtype = block.box.leaf.dtype
+                stored[dtype] = stored.get(dtype, 0) + block.block.nbytes
+                raw += block.nbytes
+    assert stored["bfloat16"] < 1000
+    assert sum(stored.values()) < 0.125 * raw
+    assert raw > 0.95 * 14 * 2 * WIDTH * WIDTH
+    for tensor in (*module.parameters(), *masters):
+        tensor.data.zero_()
+    with asymcheck_torch.attach(module, optimizer, url=tmp_path) as checkpointer:
+        assert checkpointer.restore() == STEPS
+    found = [module.state_dict(), masters, optimizer.state_dict()]
+    assert differences(found, expected) == []
+
+
 def test_gradients_of_full_precision_take_the_first_moment(tmp_path):
     make, _ = OPTIMIZERS["adamw"]
     states = train(tmp_path, make, low=False)

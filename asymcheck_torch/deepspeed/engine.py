@@ -76,6 +76,10 @@ class Engine:
         """See `Trained`."""
         return self.inner.updates(step)
 
+    def masters(self) -> dict[str, str]:
+        """See `Trained`; copies in low precision are not stored."""
+        return self.inner.masters()
+
     def engine_state(self) -> dict[str, Any]:
         """Counters, the loss scale and the schedule."""
         schedule = self.engine.lr_scheduler

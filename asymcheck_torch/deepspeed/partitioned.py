@@ -79,6 +79,10 @@ class Partitioned:
         found = ((each.name, updates[each.flat]) for each in self._trained)
         return {name: update for name, update in found if update is not None}
 
+    def masters(self) -> dict[str, str]:
+        """Parameters are the masters here."""
+        return {}
+
     def engine_state(self) -> None:
         """An engine has its own."""
         return

@@ -64,8 +64,13 @@ class Trained(Protocol):
     def match(self, matching: Matching, stored: Stored) -> Callable[[], None]:
         """Compare all of that with a checkpoint and name what to read into it.
 
-        Returns what to do when everything fitted and was read.
+        Returns what to do when everything fitted and was read on all ranks. Neither waits for
+        another rank: that is for `refresh`.
         """
+        ...
+
+    def refresh(self) -> None:
+        """Derive from what was restored what else the ranks compute with, all of them together."""
         ...
 
     def hook_updates(
@@ -125,6 +130,9 @@ class ModuleAndOptimizers:
                 _apply_optimizer(self.optimizers[index], state, stored.optimizers[index])
 
         return apply
+
+    def refresh(self) -> None:
+        """Nothing is derived."""
 
     def hook_updates(
         self, before: Callable[[], None], after: Callable[[], None]

@@ -96,6 +96,10 @@ class Engine:
 
         return apply
 
+    def refresh(self) -> None:
+        """See `Trained`."""
+        self.inner.refresh()
+
     def apply_engine_state(self) -> None:
         """Give the engine the counters, the loss scale and the schedule that were restored."""
         for name in self.found.keys() & set(_COUNTERS):

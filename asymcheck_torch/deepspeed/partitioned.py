@@ -170,7 +170,7 @@ class Partitioned:
         """Everything must fit: parameters, groups, and the state of every trained parameter."""
         matching.tensors("parameter", self._parameters(), stored.kinds["params"])
         if not self.is_updated:
-            return self._masters.refresh
+            return lambda: None
         if len(stored.optimizers) != 1:
             matching.problems.append(f"here is 1 optimizer, in it {len(stored.optimizers)}")
             return lambda: None
@@ -186,9 +186,12 @@ class Partitioned:
         def apply() -> None:
             self._apply(states)
             apply_options(self._masters.optimizer, record["param_groups"])
-            self._masters.refresh()
 
         return apply
+
+    def refresh(self) -> None:
+        """Round the master weights to the model's, and give each rank those of the others."""
+        self._masters.refresh()
 
     def _match_groups(self, matching: Matching, saved: list[dict[str, Any]]) -> None:
         groups = self._masters.optimizer.param_groups

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from asymcheck.errors import UnsupportedStateError
 from asymcheck_torch.extras import private
 from asymcheck_torch.modules import named_parameters
+from asymcheck_torch.parts import sharded_among
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
 RESERVED = frozenset(
@@ -77,7 +79,11 @@ class Parameters:
 
     @classmethod
     def of(cls, module: torch.nn.Module, optimizers: Sequence[Optimizer]) -> Parameters:
-        """As they are now; groups may have been added since the last time."""
+        """As they are now; groups may have been added since the last time.
+
+        Raises:
+            UnsupportedStateError: an optimizer of a sharded module trains something else.
+        """
         found = cls({}, {})
         for name, parameter in named_parameters(module).items():
             found._add(name, parameter)
@@ -85,6 +91,7 @@ class Parameters:
             for number, group in enumerate(optimizer.param_groups):
                 for k, parameter in enumerate(group["params"]):
                     if id(parameter) not in found.name_of:
+                        _check_alone(module, index)
                         found._add(f"optim{index}/group{number}/{k}", parameter)
         return found
 
@@ -95,6 +102,15 @@ class Parameters:
     def of_group(self, group: Mapping[str, Any]) -> list[str]:
         """The names of a group's parameters."""
         return [self.name_of[id(parameter)] for parameter in group["params"]]
+
+
+def _check_alone(module: torch.nn.Module, index: int) -> None:
+    """Where ranks hold parts, nothing says which part a parameter without a name would be."""
+    if sharded_among(module.modules()) or any(isinstance(p, DTensor) for p in module.parameters()):
+        raise UnsupportedStateError(
+            f"optimizer {index} trains a parameter that is none of the sharded module's",
+            hint="Shard the module before its optimizer is made, of the module's parameters only",
+        )
 
 
 def _entries(optimizer: Optimizer, parameters: Parameters) -> Iterator[tuple[str, dict[Any, Any]]]:

@@ -9,6 +9,7 @@ from asymcheck.reader import Checkpoint
 from asymcheck_torch import rng
 from asymcheck_torch.matching import Matching
 from asymcheck_torch.modules import load_module_extra, named_buffers, stateful_names
+from asymcheck_torch.parts import reshard
 from asymcheck_torch.state import TrainingState
 from asymcheck_torch.stored import Stored
 
@@ -26,6 +27,7 @@ def read_into(checkpoint: Checkpoint, training: TrainingState) -> Callable[[], N
         StateMismatchError: listing every difference; nothing was changed.
         CorruptionError: stored bytes are wrong; the tensors' values are then undefined.
     """
+    reshard(training.module)
     stored = Stored.open(checkpoint, training.world.rank)
     matching = Matching(checkpoint)
     apply = training.trained.match(matching, stored)

@@ -22,6 +22,7 @@ from asymcheck_torch.optimizers import (
     record,
     tensor_state,
 )
+from asymcheck_torch.parts import drop_gradients
 from asymcheck_torch.stored import Stored
 from asymcheck_torch.tensors import torch_dtype
 
@@ -126,6 +127,7 @@ class ModuleAndOptimizers:
         states = _match_optimizers(matching, stored, self.optimizers, parameters)
 
         def apply() -> None:
+            drop_gradients(self.module, parameters.by_name.values())
             for index, state in enumerate(states):
                 _apply_optimizer(self.optimizers[index], state, stored.optimizers[index])
 

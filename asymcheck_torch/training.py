@@ -28,6 +28,7 @@ from asymcheck_torch.collectives import observe_collectives
 from asymcheck_torch.extras import named_extras
 from asymcheck_torch.modules import changes_in_forward, is_compiled, unwrap, visible
 from asymcheck_torch.optimizers import check_optimizer
+from asymcheck_torch.parts import sharded_among
 from asymcheck_torch.restore import read_into
 from asymcheck_torch.state import TrainingState, refused
 from asymcheck_torch.tensors import cuda_devices, pinned
@@ -314,7 +315,9 @@ class TrainingCheckpointer:
         eager: Any = torch.compiler.disable if compiled else lambda hook: hook
         before_forward = eager(self._before_forward)
         blocks = find_blocks(module)
-        for part in dict.fromkeys([module, *changes_in_forward(module), *blocks]):
+        # Those that FSDP2 shards, too: a hook inside of one would see its parameters gathered.
+        shown = [module, *changes_in_forward(module), *blocks, *sharded_among(visible(module))]
+        for part in dict.fromkeys(shown):
             yield part.register_forward_pre_hook(before_forward, prepend=True)
         self._cycle.expect(len(blocks))
         for block in blocks:

@@ -14,9 +14,12 @@ from torch.optim import Optimizer
 from asymcheck.state import LeafSpec
 from asymcheck_torch.extras import map_arrays
 from asymcheck_torch.matching import Held, Matching
+from asymcheck_torch.numbers import is_torch, read_numbers
 from asymcheck_torch.optimizers import (
     Copy,
     Parameters,
+    class_problem,
+    is_own,
     key_of,
     place_state,
     record,
@@ -179,6 +182,10 @@ def _match_optimizer(
             "(call add_param_group before restore)"
         )
         return {}
+    problem = class_problem(saved, optimizer)
+    if problem is not None:
+        matching.problems.append(problem)
+        return {}
     owners: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {}
     for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         names = parameters.of_group(group)
@@ -193,7 +200,13 @@ def _match_optimizer(
             for name, parameter in zip(names, group["params"], strict=True)
         }
     state: _State = {}
+    bare = _bare_numbers(matching, stored, index, optimizer)
     for key, paths in kinds_of(stored, index):
+        if key in bare:
+            for name in paths.keys() & owners.keys():
+                parameter, _ = owners[name]
+                state.setdefault(parameter, {})[key] = bare[key][name]
+            continue
         for name in paths.keys() & owners.keys():
             parameter, group = owners[name]
             old = optimizer.state.get(parameter, {}).get(key)
@@ -204,6 +217,23 @@ def _match_optimizer(
         entry = map_arrays(saved["other"][name], lambda t, to=parameter.device: t.to(to))
         state.setdefault(parameter, {}).update(entry)
     return state
+
+
+def _bare_numbers(
+    matching: Matching, stored: Stored, index: int, optimizer: Optimizer
+) -> dict[str, dict[str, Any]]:
+    """{key: {parameter name: number}} of what an engine stored as tensors, and which is none here.
+
+    Torch's optimizers want tensors of what others count in bare numbers.
+    """
+    saved = stored.optimizers[index]
+    own = is_own(saved, optimizer)
+    return {
+        key: {name: number.value for name, number in numbers.items()}
+        for key, paths in kinds_of(stored, index)
+        if key in saved.get("bare", ()) and (own or not is_torch(optimizer))
+        for numbers in [read_numbers(matching, paths, is_bare=True, is_own=own)]
+    }
 
 
 def kinds_of(stored: Stored, index: int) -> Iterator[tuple[str, dict[str, str]]]:

@@ -149,7 +149,7 @@ def attach(
     )
     state = TrainingState(trained, named_extras(extra_state), world)
     clock = CudaClock() if on_cuda else HostClock()
-    hooked = trained.module if is_engine(module) else module
+    hooked: Any = module.module if is_engine(module) else module
     return TrainingCheckpointer(checkpointer, state, hooked, clock, every_steps, on_error)
 
 

@@ -16,7 +16,7 @@ from asymcheck_torch.tensors import torch_dtype
 
 
 def dtype_of_bare(key: str, value: bool | int | float) -> torch.dtype:
-    """In which a bare number is stored: exactly; steps as torch keeps them, so that it reads them."""
+    """In which a bare number is stored: exactly, but for steps: as torch keeps, and reads, them."""
     if isinstance(value, bool):
         return torch.bool
     if isinstance(value, int):

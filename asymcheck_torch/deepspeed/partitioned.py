@@ -117,7 +117,7 @@ class Partitioned:
     def _part(self, each: _Trained, kind: str, flats: Any) -> Part:
         """What this rank holds of a parameter, in flat tensors laid out as the masters are."""
         parameter = each.parameter
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shape = _shape(parameter)
         place = self._masters.places.get(id(parameter))
         flat: torch.Tensor = flats[each.flat].detach().reshape(-1)
         start, tensor = 0, flat[:0]
@@ -330,10 +330,14 @@ def _named(module: nn.Module, masters: Masters) -> Iterator[_Trained]:
             if id(parameter) not in names:
                 raise UnsupportedStateError(
                     "the engine's optimizer trains a parameter that is none of its module's",
-                    found=f"a parameter of shape {list(parameter.shape)}",
+                    found=f"a parameter of shape {list(_shape(parameter))}",
                     hint="Make it a parameter of the module that deepspeed.initialize is given",
                 )
             yield _Trained(names[id(parameter)], parameter, flat)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _scalar(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -256,64 +256,79 @@ class Moved:
     """What was seen of the copies of a rank.
 
     Attributes:
-        held: {phase: bytes copied in windows while a pass of that phase was held up}.
+        copied: {phase: bytes copied in windows of that phase by the middle of the pass}.
         planned: {(phase, number of the window): (bytes of its partition, idle seconds)}.
         tracks: {track: events on it}.
     """
 
-    held: Mapping[str, int]
+    copied: Mapping[str, int]
     planned: Mapping[tuple[str, int], tuple[int, float]]
     tracks: Mapping[str, int]
 
 
 class Gate:
-    """Holds up the passes of a layer until something was copied in the window that is open.
+    """Holds up the passes of a layer until something was copied in a window of the pass.
 
     Meanwhile no collective begins, so whatever is under way ends and the link becomes idle.
     """
 
-    def __init__(self, layer: nn.Module, trace: Any) -> None:
-        self.held = {"forward": 0, "backward": 0}
+    def __init__(self, module: nn.Module, layer: nn.Module, trace: Any) -> None:
+        self.copied = {"forward": 0, "backward": 0}
         self._trace = trace
-        self.hook = layer.register_forward_hook(self._after_forward)
+        self._begin_s = 0.0  # of the pass
+        self.hooks = [
+            module.register_forward_pre_hook(lambda *_: self._begin()),
+            module.register_forward_hook(
+                lambda _m, _args, out: self._at_gradient(out, self._begin)
+            ),
+            layer.register_forward_hook(self._after_layer),
+        ]
 
-    def _after_forward(self, _layer: nn.Module, _args: Any, output: torch.Tensor) -> None:
+    def _begin(self) -> None:
+        self._begin_s = time.monotonic()
+
+    def _after_layer(self, _layer: nn.Module, _args: Any, output: torch.Tensor) -> None:
         if torch.is_grad_enabled():
             self._hold("forward")
-            output.register_hook(lambda _gradient: self._hold("backward"))
+            self._at_gradient(output, lambda: self._hold("backward"))
+
+    def _at_gradient(self, output: torch.Tensor, call: Callable[[], None]) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _gradient: call())
 
     def _hold(self, phase: str) -> None:
-        begin_s, copied = time.monotonic(), 0
+        copied, since_s = 0, time.monotonic()
         while not copied:
-            assert time.monotonic() < begin_s + 60, f"nothing is copied in the {phase} pass"
+            assert time.monotonic() < since_s + 60, f"nothing is copied in the {phase} pass"
             time.sleep(1e-3)
             copied = sum(
                 event.nbytes
                 for event in self._trace.events()
                 if event.track == "copy"
                 and "barrier" not in event.label
-                and event.begin_s >= begin_s
+                and event.begin_s >= self._begin_s
             )
-        self.held[phase] += copied
+        self.copied[phase] += copied
 
 
 @contextmanager
-def gated(layer: nn.Module, trace: Any) -> Iterator[Gate]:
-    gate = Gate(layer, trace)
+def gated(module: nn.Module, layer: nn.Module, trace: Any) -> Iterator[Gate]:
+    gate = Gate(module, layer, trace)
     try:
         yield gate
     finally:
-        gate.hook.remove()
+        for hook in gate.hooks:
+            hook.remove()
 
 
 def move_in_windows(rank: int, url: str) -> Moved:
     """Train over a slow link until partitions are sized by the windows that were measured."""
     with engine_of(Setting(3)) as engine, slow_collectives(1e-3):
         torch.manual_seed(100 + rank)
-        with asymcheck_torch.attach(engine, url=url) as ckpt:
+        with asymcheck_torch.attach(engine, url=url, commit_timeout_s=20.0) as ckpt:
             core = ckpt.checkpointer
             train(engine, 1)  # the first gradients make the optimizer's state
-            with gated(engine.module.layers[1], core.trace) as gate:
+            with gated(engine.module, engine.module.layers[1], core.trace) as gate:
                 train(engine, 2)
             while not core.profile.ready:
                 train(engine, 1)
@@ -323,7 +338,7 @@ def move_in_windows(rank: int, url: str) -> Moved:
             sizes = {(p.phase, p.window): p.nbytes for p in plan.partitions}
             tracks = [event.track for event in core.trace.events()]
         return Moved(
-            gate.held,
+            gate.copied,
             {
                 (str(w.phase), w.index): (sizes.get((w.phase, w.index), 0), w.idle_s)
                 for w in windows

@@ -283,7 +283,7 @@ def test_copies_move_in_the_windows_between_collectives(runs):
     """And partitions are sized by these windows. How long anything takes does not matter."""
     each = {"slow": (runs_of.move_in_windows, str(runs / "slow"))}
     for moved in _by_name(start(of_all, runs / "windows", each))["slow"]:
-        assert min(moved.held.values()) > 0
+        assert min(moved.copied.values()) > 0
         assert moved.tracks["communication"] > 0
         assert moved.tracks["window"] > moved.tracks["stall"]
         nbytes, idle_s = (sum(each) for each in zip(*moved.planned.values(), strict=True))

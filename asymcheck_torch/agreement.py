@@ -21,42 +21,59 @@ class _Outcome(IntEnum):
 
 def restore_together(
     checkpointer: Checkpointer,
-    fill: Callable[[Checkpoint], None],
+    read: Callable[[Checkpoint], Callable[[], None]],
     step: int | None,
     world: World,
 ) -> int:
     """Restore the newest step that is good on every rank (or `step`); which one it was.
 
-    Every rank looks for a good step as `Checkpointer.restore_with` does. In `fill` they meet:
+    Every rank looks for a good step as `Checkpointer.restore_with` does. In `read` they meet:
     who is at a newer step than the others passes it over, and if one rank finds damage all do.
+    What `read` returns is called when all have read the same step, and then they agree again.
+    Neither may wait for another rank, which may have failed.
 
     Raises:
         what `restore_with` raises; `AsymCheckError` where another rank failed for good.
     """
-    meeting = _Meeting(fill, world)
+    meeting = _Meeting(read, world)
     try:
-        return checkpointer.restore_with(meeting, step)
+        found, apply = checkpointer.restore_with(meeting, step)
     except Exception:
         if not meeting.concluded:
             world.extremes(_GAVE_UP)
         raise
+    _apply_together(apply, found, world)
+    return found
+
+
+def _apply_together(apply: Callable[[], None], step: int, world: World) -> None:
+    error: Exception | None = None
+    try:
+        apply()
+    except Exception as raised:
+        error = raised
+    _, worst = world.extremes(_Outcome.DONE if error is None else _Outcome.FAILED)
+    if error is not None:
+        raise error
+    if worst != _Outcome.DONE:
+        raise _others_failed(step)
 
 
 class _Meeting:
-    """A `fill` in which all ranks take part.
+    """A reading in which all ranks take part.
 
     Each exchange is one collective call of all ranks; a rank that leaves with an error of which
     the others do not know tells them in the exchange that they wait in (`restore_together`).
     """
 
-    def __init__(self, fill: Callable[[Checkpoint], None], world: World) -> None:
-        self._fill = fill
+    def __init__(self, read: Callable[[Checkpoint], Callable[[], None]], world: World) -> None:
+        self._read = read
         self._world = world
         self.concluded = False
 
-    def __call__(self, checkpoint: Checkpoint) -> int:
+    def __call__(self, checkpoint: Checkpoint) -> tuple[int, Callable[[], None]]:
         self._meet(checkpoint.step)
-        error = self._try(checkpoint)
+        apply, error = self._try(checkpoint)
         _, worst = self._world.extremes(_outcome(error))
         self.concluded = worst != _Outcome.DAMAGED
         if error is not None and _outcome(error) == worst:
@@ -65,7 +82,7 @@ class _Meeting:
             raise CorruptionError("another rank cannot read this step", step=checkpoint.step)
         if worst == _Outcome.FAILED:
             raise _others_failed(checkpoint.step)
-        return checkpoint.step
+        return checkpoint.step, apply
 
     def _meet(self, step: int) -> None:
         """Return when all ranks are at `step`."""
@@ -79,12 +96,11 @@ class _Meeting:
             if step > low:
                 raise CorruptionError("another rank cannot open this step", step=step)
 
-    def _try(self, checkpoint: Checkpoint) -> Exception | None:
+    def _try(self, checkpoint: Checkpoint) -> tuple[Callable[[], None], Exception | None]:
         try:
-            self._fill(checkpoint)
+            return self._read(checkpoint), None
         except Exception as error:
-            return error
-        return None
+            return lambda: None, error
 
 
 def _outcome(error: Exception | None) -> _Outcome:

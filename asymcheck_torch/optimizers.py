@@ -9,16 +9,18 @@ lists, counters) and the options of the groups form the optimizer's record.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from asymcheck.errors import UnsupportedStateError
 from asymcheck_torch.extras import private
 from asymcheck_torch.modules import named_parameters
+from asymcheck_torch.parts import sharded_among
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
 RESERVED = frozenset(
@@ -77,7 +79,11 @@ class Parameters:
 
     @classmethod
     def of(cls, module: torch.nn.Module, optimizers: Sequence[Optimizer]) -> Parameters:
-        """As they are now; groups may have been added since the last time."""
+        """As they are now; groups may have been added since the last time.
+
+        Raises:
+            UnsupportedStateError: an optimizer of a sharded module trains something else.
+        """
         found = cls({}, {})
         for name, parameter in named_parameters(module).items():
             found._add(name, parameter)
@@ -85,6 +91,7 @@ class Parameters:
             for number, group in enumerate(optimizer.param_groups):
                 for k, parameter in enumerate(group["params"]):
                     if id(parameter) not in found.name_of:
+                        _check_alone(module, index)
                         found._add(f"optim{index}/group{number}/{k}", parameter)
         return found
 
@@ -103,6 +110,15 @@ class Parameters:
     def of_group(self, group: Mapping[str, Any]) -> list[str]:
         """The names of a group's parameters."""
         return [self.name_of[id(parameter)] for parameter in group["params"]]
+
+
+def _check_alone(module: torch.nn.Module, index: int) -> None:
+    """Where ranks hold parts, nothing says which part a parameter without a name would be."""
+    if sharded_among(module.modules()) or any(isinstance(p, DTensor) for p in module.parameters()):
+        raise UnsupportedStateError(
+            f"optimizer {index} trains a parameter that is none of the sharded module's",
+            hint="Shard the module before its optimizer is made, of the module's parameters only",
+        )
 
 
 def _entries(optimizer: Optimizer, parameters: Parameters) -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -128,6 +144,40 @@ def _is_direct(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, torch.Tensor)
 
 
+_ADAM = frozenset({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"})
+"""These keep the same."""
+
+
+def classes_of(optimizer: Optimizer) -> list[str]:
+    """The name of an optimizer's class and of those that it is derived from."""
+    return [each.__name__ for each in type(optimizer).__mro__ if each not in (Optimizer, object)]
+
+
+def keep_the_same(classes: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether optimizers of these classes (see `classes_of`) keep the same for a parameter."""
+    return not _families(classes).isdisjoint(_families(others))
+
+
+def _families(classes: Iterable[str]) -> set[str]:
+    return {"Adam" if name in _ADAM else name for name in classes}
+
+
+def is_own(saved: Mapping[str, Any], optimizer: Optimizer) -> bool:
+    """Whether a record is one of an optimizer of the same class; False where it does not say."""
+    return saved.get("class", [])[:1] == classes_of(optimizer)[:1]
+
+
+def class_problem(saved: Mapping[str, Any], optimizer: Optimizer) -> str | None:
+    """What is wrong where a record's optimizer kept other things; None where it does not say."""
+    there, here = saved.get("class"), classes_of(optimizer)
+    if there is None or keep_the_same(there, here):
+        return None
+    return (
+        f"the optimizer is {here[0]}, in it {there[0]}, which keeps other state "
+        "(restore_weights() takes the weights alone)"
+    )
+
+
 def record(optimizer: Optimizer, parameters: Parameters, copy: Copy) -> dict[str, Any]:
     """Everything else: options of the groups, state that is no tensor, state of no parameter.
 
@@ -147,7 +197,12 @@ def record(optimizer: Optimizer, parameters: Parameters, copy: Copy) -> dict[str
     shared = {
         key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)
     }
-    return {"param_groups": groups, "other": other, "shared": shared}
+    return {
+        "param_groups": groups,
+        "other": other,
+        "shared": shared,
+        "class": classes_of(optimizer),
+    }
 
 
 def place_state(

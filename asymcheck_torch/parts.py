@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,11 +126,34 @@ def _cut(offset: list[int], shape: list[int], dim: int, parts: int, at: int) -> 
     shape[dim] = min(share, shape[dim] - begin)
 
 
+def sharded_among(modules: Iterable[nn.Module]) -> list[FSDPModule]:
+    """Those that FSDP2 shards."""
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
 def reshard(module: nn.Module) -> None:
     """Have FSDP2 show a module's shards: a forward pass alone leaves parameters gathered."""
-    for child in module.modules():
-        if isinstance(child, FSDPModule):
-            child.reshard()
+    for child in sharded_among(module.modules()):
+        child.reshard()
+
+
+def drop_gradients(module: nn.Module, others: Iterable[torch.Tensor] = ()) -> None:
+    """Forget all gradients of a module's parameters and of others.
+
+    Also those that FSDP2 has not reduced yet (`set_requires_gradient_sync(False)`), which
+    `zero_grad` leaves.
+    """
+    for parameter in (*module.parameters(), *others):
+        parameter.grad = None
+    for child in sharded_among(module.modules()):
+        state: Any = child._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in filter(None, groups):
+            group._partial_reduce_output = None
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
 
 
 def numel(parameter: nn.Parameter) -> int:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from asymcheck.reader import Checkpoint
 from asymcheck_torch import rng
 from asymcheck_torch.matching import Matching
 from asymcheck_torch.modules import load_module_extra, named_buffers, stateful_names
+from asymcheck_torch.parts import reshard
 from asymcheck_torch.state import TrainingState
 from asymcheck_torch.stored import Stored
 
 _log = logging.getLogger("asymcheck")
 
 
-def restore_into(checkpoint: Checkpoint, training: TrainingState) -> None:
-    """Make `training` what it was at the step of `checkpoint`.
+def read_into(checkpoint: Checkpoint, training: TrainingState) -> Callable[[], None]:
+    """Read the tensors of `training` from `checkpoint`; what makes the rest what it was then.
 
     Everything is compared before anything is changed. Without optimizers only the module and the
-    extras given are restored, as for an evaluation; else all of the state must fit.
+    extras given are restored, as for an evaluation; else all of the state must fit. No rank waits
+    for another, here or in what is returned.
 
     Raises:
         StateMismatchError: listing every difference; nothing was changed.
         CorruptionError: stored bytes are wrong; the tensors' values are then undefined.
     """
+    reshard(training.module)
     stored = Stored.open(checkpoint, training.world.rank)
     matching = Matching(checkpoint)
     apply = training.trained.match(matching, stored)
@@ -31,14 +35,23 @@ def restore_into(checkpoint: Checkpoint, training: TrainingState) -> None:
     _match_extras(matching, stored, training)
     matching.raise_problems()
     matching.read()
-    apply()
-    load_module_extra(training.module, stored.module_extra)
-    for extra in training.extras:
-        extra.load(stored.own["extra"][extra.name])
-    if training.trained.is_updated and "rng" in stored.own:
+
+    def apply_all() -> None:
+        apply()
+        load_module_extra(training.module, stored.module_extra)
+        for extra in training.extras:
+            extra.load(stored.own["extra"][extra.name])
+        if training.trained.is_updated:
+            _restore_generators(stored, checkpoint.step)
+
+    return apply_all
+
+
+def _restore_generators(stored: Stored, step: int) -> None:
+    if "rng" in stored.own:
         rng.restore(stored.own["rng"])
-    elif training.trained.is_updated:
-        _log.warning("step %d holds no random generators: they stay as they are", checkpoint.step)
+    else:
+        _log.warning("step %d holds no random generators: they stay as they are", step)
 
 
 def _match_module(matching: Matching, stored: Stored, training: TrainingState) -> None:

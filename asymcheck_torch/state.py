@@ -20,7 +20,7 @@ from asymcheck_torch import rng
 from asymcheck_torch.extras import Extra, Moment, private
 from asymcheck_torch.modules import module_extra, named_buffers, renormed_in_forward
 from asymcheck_torch.optimizers import RESERVED
-from asymcheck_torch.parts import Part, part_of, share, whole
+from asymcheck_torch.parts import Part, part_of, reshard, share, whole
 from asymcheck_torch.tensors import (
     DeviceClocks,
     SteadyCopies,
@@ -114,6 +114,7 @@ class TrainingState:
         Raises:
             UnsupportedStateError: something cannot be stored; names its path.
         """
+        reshard(self.module)
         self._common_copies.restart()
         live = self._live(self._live_tensors())
         copied = self._part(self._common() | {"ranks": self._own()})

@@ -14,14 +14,18 @@ from torch.optim import Optimizer
 from asymcheck.state import LeafSpec, Update
 from asymcheck_torch.extras import map_arrays
 from asymcheck_torch.matching import Held, Matching
+from asymcheck_torch.numbers import is_torch, read_numbers
 from asymcheck_torch.optimizers import (
     Copy,
     Parameters,
+    class_problem,
+    is_own,
     key_of,
     place_state,
     record,
     tensor_state,
 )
+from asymcheck_torch.parts import drop_gradients
 from asymcheck_torch.stored import Stored
 from asymcheck_torch.tensors import torch_dtype
 from asymcheck_torch.updates import step_of, update_of
@@ -77,8 +81,13 @@ class Trained(Protocol):
     def match(self, matching: Matching, stored: Stored) -> Callable[[], None]:
         """Compare all of that with a checkpoint and name what to read into it.
 
-        Returns what to do when everything fitted and was read.
+        Returns what to do when everything fitted and was read on all ranks. Neither waits for
+        another rank: that is for `refresh`.
         """
+        ...
+
+    def refresh(self) -> None:
+        """Derive from what was restored what else the ranks compute with, all of them together."""
         ...
 
     def hook_updates(
@@ -159,10 +168,14 @@ class ModuleAndOptimizers:
         states = _match_optimizers(matching, stored, self.optimizers, parameters)
 
         def apply() -> None:
+            drop_gradients(self.module, parameters.by_name.values())
             for index, state in enumerate(states):
                 _apply_optimizer(self.optimizers[index], state, stored.optimizers[index])
 
         return apply
+
+    def refresh(self) -> None:
+        """Nothing is derived."""
 
     def hook_updates(
         self, before: Callable[[], None], after: Callable[[], None]
@@ -228,6 +241,10 @@ def _match_optimizer(
             "(call add_param_group before restore)"
         )
         return {}
+    problem = class_problem(saved, optimizer)
+    if problem is not None:
+        matching.problems.append(problem)
+        return {}
     owners: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {}
     for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         names = parameters.of_group(group)
@@ -242,7 +259,13 @@ def _match_optimizer(
             for name, parameter in zip(names, group["params"], strict=True)
         }
     state: _State = {}
+    bare = _bare_numbers(matching, stored, index, optimizer)
     for key, paths in kinds_of(stored, index):
+        if key in bare:
+            for name in paths.keys() & owners.keys():
+                parameter, _ = owners[name]
+                state.setdefault(parameter, {})[key] = bare[key][name]
+            continue
         for name in paths.keys() & owners.keys():
             parameter, group = owners[name]
             old = optimizer.state.get(parameter, {}).get(key)
@@ -253,6 +276,23 @@ def _match_optimizer(
         entry = map_arrays(saved["other"][name], lambda t, to=parameter.device: t.to(to))
         state.setdefault(parameter, {}).update(entry)
     return state
+
+
+def _bare_numbers(
+    matching: Matching, stored: Stored, index: int, optimizer: Optimizer
+) -> dict[str, dict[str, Any]]:
+    """{key: {parameter name: number}} of what an engine stored as tensors, and which is none here.
+
+    Torch's optimizers want tensors of what others count in bare numbers.
+    """
+    saved = stored.optimizers[index]
+    own = is_own(saved, optimizer)
+    return {
+        key: {name: number.value for name, number in numbers.items()}
+        for key, paths in kinds_of(stored, index)
+        if key in saved.get("bare", ()) and (own or not is_torch(optimizer))
+        for numbers in [read_numbers(matching, paths, is_bare=True, is_own=own)]
+    }
 
 
 def kinds_of(stored: Stored, index: int) -> Iterator[tuple[str, dict[str, str]]]:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from asymcheck_torch.collectives import observe_collectives
 from asymcheck_torch.extras import named_extras
 from asymcheck_torch.modules import changes_in_forward, is_compiled, unwrap, visible
 from asymcheck_torch.optimizers import check_optimizer
-from asymcheck_torch.restore import restore_into
+from asymcheck_torch.parts import sharded_among
+from asymcheck_torch.restore import read_into
 from asymcheck_torch.state import TrainingState, refused
 from asymcheck_torch.tensors import cuda_devices, pinned
 from asymcheck_torch.trained import ModuleAndOptimizers, Trained
@@ -148,7 +149,7 @@ def attach(
     )
     state = TrainingState(trained, named_extras(extra_state), world)
     clock = CudaClock() if on_cuda else HostClock()
-    hooked = trained.module if is_engine(module) else module
+    hooked: Any = module.module if is_engine(module) else module
     return TrainingCheckpointer(checkpointer, state, hooked, clock, every_steps, on_error)
 
 
@@ -255,10 +256,11 @@ class TrainingCheckpointer:
         return self._restore(step, weights)
 
     def _restore(self, step: int | None, state: TrainingState) -> int:
-        def fill(checkpoint: Checkpoint) -> None:
-            restore_into(checkpoint, state)
+        def read(checkpoint: Checkpoint) -> Callable[[], None]:
+            return read_into(checkpoint, state)
 
-        found = restore_together(self.checkpointer, fill, step, state.world)
+        found = restore_together(self.checkpointer, read, step, state.world)
+        state.trained.refresh()
         if state is self.state:
             self.step = self._captured = found
         self._due = self._seen_forward = False
@@ -313,7 +315,9 @@ class TrainingCheckpointer:
         eager: Any = torch.compiler.disable if compiled else lambda hook: hook
         before_forward = eager(self._before_forward)
         blocks = find_blocks(module)
-        for part in dict.fromkeys([module, *changes_in_forward(module), *blocks]):
+        # Those that FSDP2 shards, too: a hook inside of one would see its parameters gathered.
+        shown = [module, *changes_in_forward(module), *blocks, *sharded_among(visible(module))]
+        for part in dict.fromkeys(shown):
             yield part.register_forward_pre_hook(before_forward, prepend=True)
         self._cycle.expect(len(blocks))
         for block in blocks:

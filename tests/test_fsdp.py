@@ -209,13 +209,6 @@ def test_what_does_not_fit_changes_nothing(folder, saved):
             assert changed == []
 
 
-_GATHERED = pytest.mark.xfail(
-    strict=True,
-    reason="a forward pass alone leaves FSDP2's parameters gathered, under which no state is found",
-)
-
-
-@_GATHERED
 def test_an_evaluation_between_update_and_forward_pass(folder):
     url = str(folder / "evaluated")
     saved = start(fsdp_runs.save_and_go_on, folder / "evaluated-save", url, "low", True)
@@ -223,7 +216,6 @@ def test_an_evaluation_between_update_and_forward_pass(folder):
     assert differences(found, saved) == []
 
 
-@_GATHERED
 def test_restore_right_after_an_evaluation(folder, saved):
     url = str(folder / "fsdp")
     found = start(fsdp_runs.resume_after_evaluation, folder / "after-evaluation", url, "fsdp")

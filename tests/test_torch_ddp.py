@@ -185,7 +185,9 @@ class FakeCheckpointer:
         raise CheckpointNotFoundError("no checkpoint is whole")
 
 
-HEALTH = st.sampled_from(["good"] * 4 + ["unopenable", "damaged", "unavailable", "misfit"])
+HEALTH = st.sampled_from(
+    ["good"] * 4 + ["unopenable", "damaged", "unavailable", "misfit", "inapplicable"]
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -206,16 +208,17 @@ def test_all_ranks_restore_the_same_step_or_none_does(ranks, explicit):
     results = [None] * len(ranks)
 
     def work(rank):
-        def fill(checkpoint):
+        def read(checkpoint):
             health = ranks[rank][checkpoint.step]
             if health == "damaged":
                 raise CorruptionError("damaged", step=checkpoint.step)
             if health == "misfit":
                 raise AsymCheckError("does not fit", step=checkpoint.step)
+            return lambda: _apply(health)
 
         try:
             checkpointer = FakeCheckpointer(ranks[rank])
-            results[rank] = restore_together(checkpointer, fill, step, world)
+            results[rank] = restore_together(checkpointer, read, step, world)
         except AsymCheckError as error:
             results[rank] = error
 
@@ -231,6 +234,11 @@ def test_all_ranks_restore_the_same_step_or_none_does(ranks, explicit):
     assert restored or _expected(ranks, step) is None
 
 
+def _apply(health):
+    if health == "inapplicable":
+        raise CorruptionError("what a user's object says when its state is loaded")
+
+
 def _is_error(result):
     return isinstance(result, Exception)
 
@@ -241,6 +249,8 @@ def _expected(ranks, step):
         health = {rank[each] for rank in ranks}
         if health == {"good"}:
             return each
+        if health == {"good", "inapplicable"} or health == {"inapplicable"}:
+            return None
         if health & {"unavailable"} or ("misfit" in health and "unopenable" not in health):
             return None
     return None

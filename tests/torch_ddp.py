@@ -103,14 +103,15 @@ def resume(rank: int, url: str, broadcast_buffers: bool = True) -> Any:
 def restore_with_damage_on_one_rank(rank: int, url: str, go_on: bool) -> Any:
     """Rank 1 cannot read the newest step; which step is restored, and the steps after going on."""
     run = build(True)
-    restore_into = training.restore_into
+    read_into = training.read_into
 
-    def damaged(checkpoint: Any, state: Any) -> None:
-        restore_into(checkpoint, state)
+    def damaged(checkpoint: Any, state: Any) -> Any:
+        apply = read_into(checkpoint, state)
         if rank == 1 and checkpoint.step == STOP:
             raise CorruptionError("only this rank's disk is bad")
+        return apply
 
-    training.restore_into = damaged
+    training.read_into = damaged
     with run.attach(url, max_to_keep=None) as ckpt:
         step = ckpt.restore()
         state = everything(run)

@@ -12,14 +12,15 @@ from torch import nn
 
 from asymcheck.state import Update
 from asymcheck_torch.deepspeed.partitioned import Partitioned
-from asymcheck_torch.deepspeed.zero import check_engine, loss_scaler_of, masters_of
+from asymcheck_torch.deepspeed.zero import check_engine, drop_gradients, loss_scaler_of, masters_of
 from asymcheck_torch.matching import Matching
+from asymcheck_torch.modules import unwrap
 from asymcheck_torch.optimizers import Copy
 from asymcheck_torch.stored import Stored
 from asymcheck_torch.trained import Live, ModuleAndOptimizers, Trained
 
 _log = logging.getLogger("asymcheck")
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _PLAIN = bool | int | float | str | None
 
 
@@ -45,15 +46,15 @@ class Engine:
             UnsupportedStateError: the version or a feature of DeepSpeed is not known.
         """
         check_engine(engine)
-        masters = masters_of(engine.optimizer)
+        module, masters = unwrap(engine.module), masters_of(engine.optimizer)
         if masters is None:
-            return cls(engine, ModuleAndOptimizers(engine.module, [engine.optimizer]))
-        return cls(engine, Partitioned(engine.module, masters, rank, size))
+            return cls(engine, ModuleAndOptimizers(module, [engine.optimizer]))
+        return cls(engine, Partitioned(module, masters, rank, size))
 
     @property
     def module(self) -> nn.Module:
-        """The module that was given to DeepSpeed."""
-        return self.engine.module
+        """The module that was given to DeepSpeed, without the wrapper of `torch.compile`."""
+        return unwrap(self.engine.module)
 
     @property
     def is_updated(self) -> bool:
@@ -95,6 +96,7 @@ class Engine:
         apply_inner = self.inner.match(matching, stored)
 
         def apply() -> None:
+            drop_gradients(self.engine)
             apply_inner()
             self.found.clear()
             self.found.update(stored.engine or {})
@@ -102,13 +104,19 @@ class Engine:
                 self.apply_engine_state()
             elif self.is_updated:
                 self._start_at(matching.checkpoint.step)
+            self._accumulate_anew()
 
         return apply
+
+    def refresh(self) -> None:
+        """See `Trained`."""
+        self.inner.refresh()
 
     def apply_engine_state(self) -> None:
         """Give the engine the counters, the loss scale and the schedule that were restored."""
         for name in self.found.keys() & set(_COUNTERS):
             setattr(self.engine, name, self.found[name])
+        self._accumulate_anew()
         scaler, saved = loss_scaler_of(self.engine.optimizer), self.found.get("loss_scaler", {})
         if saved.keys() == _plain_members(scaler).keys():
             for name, value in saved.items():
@@ -120,11 +128,18 @@ class Engine:
             where = "checkpoint" if here is None else "engine"
             _log.warning("only the %s has a learning rate schedule: it is not restored", where)
 
+    def _accumulate_anew(self) -> None:
+        """The next micro batch is the first of an update, however many this engine takes for one.
+
+        DeepSpeed counts skipped updates in `global_steps`, too.
+        """
+        updates = self.engine.global_steps
+        self.engine.micro_steps = updates * self.engine.gradient_accumulation_steps()
+
     def _start_at(self, step: int) -> None:
         self.engine.global_steps = step
         self.engine.skipped_steps = 0
         self.engine.global_samples = step * self.engine.train_batch_size()
-        self.engine.micro_steps = step * self.engine.gradient_accumulation_steps()
         if self.engine.lr_scheduler is not None:
             _log.warning("step %d was not saved by DeepSpeed: the schedule is not restored", step)
 

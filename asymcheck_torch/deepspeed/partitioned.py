@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -17,9 +17,17 @@ from asymcheck_torch.deepspeed.zero import Masters, frozen_part
 from asymcheck_torch.extras import private
 from asymcheck_torch.matching import Held, Matching
 from asymcheck_torch.modules import named_parameters
-from asymcheck_torch.optimizers import Copy, kind_of
+from asymcheck_torch.numbers import Number, dtype_of_bare, read_numbers
+from asymcheck_torch.optimizers import (
+    Copy,
+    class_problem,
+    classes_of,
+    is_own,
+    kind_of,
+    place_state,
+)
 from asymcheck_torch.parts import Part
-from asymcheck_torch.stored import Stored, read_arrays
+from asymcheck_torch.stored import Stored
 from asymcheck_torch.tensors import torch_dtype
 from asymcheck_torch.trained import Live, apply_options, kinds_of
 from asymcheck_torch.updates import step_of, update_of
@@ -57,12 +65,7 @@ class Partitioned:
         self.is_updated = is_updated
         self._masters = masters
         self._rank, self._size = rank, size
-        names = {id(p): name for name, p in reversed(named_parameters(module).items())}
-        self._trained = [
-            _Trained(names[id(parameter)], parameter, flat)
-            for flat, parameters in enumerate(masters.parameters)
-            for parameter in parameters
-        ]
+        self._trained = list(_named(module, masters))
         self._scalars: dict[tuple[int, str], torch.Tensor] = {}
         self._live: tuple[list[Any], Live] | None = None
 
@@ -128,7 +131,7 @@ class Partitioned:
     def _part(self, each: _Trained, kind: str, flats: Any) -> Part:
         """What this rank holds of a parameter, in flat tensors laid out as the masters are."""
         parameter = each.parameter
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shape = _shape(parameter)
         place = self._masters.places.get(id(parameter))
         flat: torch.Tensor = flats[each.flat].detach().reshape(-1)
         start, tensor = 0, flat[:0]
@@ -146,7 +149,10 @@ class Partitioned:
         """Numbers that are no tensors become ones, each always the same."""
         for key, value in self._state(flat).items():
             if isinstance(value, int | float):
-                number = self._scalars.setdefault((flat, key), torch.zeros((), dtype=torch.float32))
+                number = self._scalars.get((flat, key))
+                dtype = dtype_of_bare(key, value)
+                if number is None or number.dtype != dtype:
+                    number = self._scalars[flat, key] = torch.zeros((), dtype=dtype)
                 number.fill_(value)
 
     def _tensors_of(self, flat: int) -> dict[str, torch.Tensor]:
@@ -154,7 +160,7 @@ class Partitioned:
         found: dict[str, torch.Tensor] = {}
         shape = self._masters.flats[flat].shape
         for key, value in self._state(flat).items():
-            tensor = self._scalars.get((flat, key), value)
+            tensor = self._scalars[flat, key] if isinstance(value, int | float) else value
             if isinstance(tensor, torch.Tensor) and tensor.shape in (shape, ()):
                 found[key] = tensor
             elif tensor is not None:
@@ -173,7 +179,22 @@ class Partitioned:
             | {"params": self._names_of(number)}
             for number, group in enumerate(self._masters.optimizer.param_groups)
         ]
-        return [{"param_groups": groups, "other": {}, "shared": {}}]
+        optimizer = self._masters.optimizer
+        bare = {
+            key
+            for flat in range(len(self._masters.flats))
+            for key, value in self._state(flat).items()
+            if isinstance(value, int | float)
+        }
+        return [
+            {
+                "param_groups": groups,
+                "other": {},
+                "shared": {},
+                "class": classes_of(optimizer),
+                "bare": sorted(bare),
+            }
+        ]
 
     def _names_of(self, group: int) -> list[str]:
         return [each.name for each in self._trained if self._masters.groups[each.flat] == group]
@@ -184,25 +205,31 @@ class Partitioned:
         """Everything must fit: parameters, groups, and the state of every trained parameter."""
         matching.tensors("parameter", self._parameters(), stored.kinds["params"])
         if not self.is_updated:
-            return self._masters.refresh
+            return lambda: None
         if len(stored.optimizers) != 1:
             matching.problems.append(f"here is 1 optimizer, in it {len(stored.optimizers)}")
             return lambda: None
         record = stored.optimizers[0]
         self._match_groups(matching, record["param_groups"])
+        problem = class_problem(record, self._masters.optimizer)
+        if problem is not None:
+            matching.problems.append(problem)
         states: dict[int, dict[str, Any]] = {}
         for key, paths in kinds_of(stored, 0):
             matching.names(key, [each.name for each in self._trained], paths)
             if not matching.problems:
-                self._match_kind(matching, key, paths, states)
-        self._match_other(matching, record["other"], states)
+                self._match_kind(matching, key, paths, states, record)
+        self._match_other(matching, record, states)
 
         def apply() -> None:
             self._apply(states)
             apply_options(self._masters.optimizer, record["param_groups"])
-            self._masters.refresh()
 
         return apply
+
+    def refresh(self) -> None:
+        """Round the master weights to the model's, and give each rank those of the others."""
+        self._masters.refresh()
 
     def _match_groups(self, matching: Matching, saved: list[dict[str, Any]]) -> None:
         groups = self._masters.optimizer.param_groups
@@ -221,10 +248,13 @@ class Partitioned:
         key: str,
         paths: Mapping[str, str],
         states: dict[int, dict[str, Any]],
+        record: Mapping[str, Any],
     ) -> None:
         specs = {each.name: matching.spec(paths[each.name]) for each in self._trained}
         if key == "step" or all(spec.shape == () for spec in specs.values()):
-            self._match_numbers(matching, key, _read_numbers(matching, paths), states)
+            is_bare, own = key in record.get("bare", ()), is_own(record, self._masters.optimizer)
+            numbers = read_numbers(matching, paths, is_bare=is_bare, is_own=own)
+            self._match_numbers(matching, key, numbers, states)
             return
         for each in self._trained:
             dtype = torch_dtype(specs[each.name].dtype, specs[each.name].path)
@@ -244,15 +274,16 @@ class Partitioned:
     def _match_other(
         self,
         matching: Matching,
-        other: Mapping[str, Mapping[Any, Any]],
+        record: Mapping[str, Any],
         states: dict[int, dict[str, Any]],
     ) -> None:
         """What is no tensor in it: a bare number is one here, too; nothing else can be."""
-        numbers: dict[str, dict[str, float]] = {}
-        for name, entry in other.items():
+        own = is_own(record, self._masters.optimizer)
+        numbers: dict[str, dict[str, Number]] = {}
+        for name, entry in record["other"].items():
             for key, value in entry.items():
                 if isinstance(value, int | float):
-                    numbers.setdefault(key, {})[name] = value
+                    numbers.setdefault(key, {})[name] = Number(value, None, own)
                 elif value is not None:
                     kind = type(value).__name__
                     matching.problems.append(f"{key} of {name!r} is a {kind} in it")
@@ -265,17 +296,17 @@ class Partitioned:
         self,
         matching: Matching,
         key: str,
-        values: Mapping[str, float],
+        numbers: Mapping[str, Number],
         states: dict[int, dict[str, Any]],
     ) -> None:
         """One number for a flat tensor, so those of its parameters must be equal."""
         for each in self._trained:
-            value = values[each.name]
-            first = states.setdefault(each.flat, {}).setdefault(key, value)
-            if first != value:
+            number = numbers[each.name]
+            first = states.setdefault(each.flat, {}).setdefault(key, number)
+            if first != number:
                 matching.problems.append(
-                    f"{key} of {each.name!r} is {value} in it, of others of its group {first}; "
-                    "DeepSpeed keeps one for all"
+                    f"{key} of {each.name!r} is {number.value} in it, of others of its group "
+                    f"{first.value}; DeepSpeed keeps one for all"
                 )
 
     def _apply(self, states: Mapping[int, Mapping[str, Any]]) -> None:
@@ -285,9 +316,12 @@ class Partitioned:
             found = states.get(number, {})
             for key in state.keys() - found.keys():
                 del state[key]
+            group = optimizer.param_groups[self._masters.groups[number]]
             for key, value in found.items():
-                is_number = not isinstance(value, torch.Tensor)
-                state[key] = _number(optimizer, state.get(key), value) if is_number else value
+                if isinstance(value, Number):
+                    place = partial(_scalar, key, group, flat)
+                    value = value.kept_by(optimizer, state.get(key), place)
+                state[key] = value
 
     def hook_updates(
         self, before: Callable[[], None], after: Callable[[], None]
@@ -303,25 +337,27 @@ class Partitioned:
         yield self._masters.optimizer.register_step_post_hook(after_step)
 
 
-def _read_numbers(matching: Matching, paths: Mapping[str, str]) -> dict[str, float]:
-    primary = {name: matching.spec(path).path for name, path in paths.items()}
-    values = read_arrays(matching.checkpoint, dict.fromkeys(primary.values()))
-    return {name: np.asarray(values[path]).item() for name, path in primary.items()}
+def _named(module: nn.Module, masters: Masters) -> Iterator[_Trained]:
+    names = {id(p): name for name, p in reversed(named_parameters(module).items())}
+    for flat, parameters in enumerate(masters.parameters):
+        for parameter in parameters:
+            if id(parameter) not in names:
+                raise UnsupportedStateError(
+                    "the engine's optimizer trains a parameter that is none of its module's",
+                    found=f"a parameter of shape {list(_shape(parameter))}",
+                    hint="Make it a parameter of the module that deepspeed.initialize is given",
+                )
+            yield _Trained(names[id(parameter)], parameter, flat)
 
 
-def _number(optimizer: Optimizer, old: Any, value: float) -> Any:
-    """A number in the form in which the optimizer keeps it: torch's in tensors, others bare."""
-    if isinstance(old, torch.Tensor):
-        return old.fill_(value)
-    if old is None and _is_torch(optimizer):
-        return torch.tensor(value, dtype=torch.float32)
-    return float(value) if isinstance(old, float) else int(value)
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _is_torch(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is one of torch's, or derived from one."""
-    modules = [each.__module__ for each in type(optimizer).__mro__ if each is not Optimizer]
-    return any(module.startswith("torch.") for module in modules)
+def _scalar(
+    key: str, group: Mapping[str, Any], flat: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return place_state(key, torch.empty((), dtype=dtype, device="meta"), group, flat)
 
 
 def _is_option(key: str) -> bool:

@@ -19,7 +19,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -222,6 +222,48 @@ def _unfused(zero: Any) -> Masters:
             model.data.copy_(master.data)
 
     return Masters(zero.optimizer, flats, parameters, groups, places, True, refresh)
+
+
+def drop_gradients(engine: Any) -> None:
+    """Forget what backward passes have left since the last update, in any stage.
+
+    As DeepSpeed itself does after an update that is skipped.
+    """
+    zero = engine.optimizer
+    engine.zero_grad()
+    engine._unmanaged_backward_count = 0
+    zero.zero_grad(set_to_none=True)
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        _drop_gradients_of_stage_3(zero)
+    elif isinstance(zero, DeepSpeedZeroOptimizer):
+        _drop_gradients_of_partitions(zero)
+
+
+def _drop_gradients_of_stage_3(zero: Any) -> None:
+    zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+    zero._offload_boundary_param_ids = set()
+    zero.reset_cpu_buffers()
+    if zero.grad_partitions_flat_buffer is not None:
+        zero.grad_partitions_flat_buffer.zero_()  # else those of parameters without new ones count
+    _zero_gradients(zero.fp32_partitioned_groups_flat)
+
+
+def _drop_gradients_of_partitions(zero: Any) -> None:
+    zero.micro_step_id = INITIAL_MICRO_STEP_ID
+    zero._release_preflattened_grad_buffers()
+    for sums in (zero.averaged_gradients, zero.all_grad_tensors):
+        sums.update(dict.fromkeys(sums))
+    if zero.cpu_offload:
+        zero._offload_accumulated_param_ids = set()
+        zero.reset_cpu_buffers()
+    _zero_gradients(zero.single_partition_of_fp32_groups)
+
+
+def _zero_gradients(masters: list[torch.Tensor]) -> None:
+    """Where the optimizer is offloaded, they keep the memory of their gradients."""
+    for master in masters:
+        if master.grad is not None:
+            master.grad.zero_()
 
 
 def frozen_part(parameter: Any) -> torch.Tensor | Part:

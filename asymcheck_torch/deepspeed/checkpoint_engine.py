@@ -38,11 +38,13 @@ def use(
     """Have `engine.save_checkpoint` and `engine.load_checkpoint` go through AsymCheck.
 
     Scripts stay as they are. `save_checkpoint` returns when the step is durable, and only then
-    DeepSpeed moves `latest`; it takes the state right after the update, so call it between
-    `engine.step()` and the next forward pass. In the tag's directory lies, in the place of the
-    state, a small file that names the step; `client_state` is stored with it. `load_checkpoint`
-    loads at any number of ranks and any ZeRO stage, and checkpoints of `attach` too. Training on
-    from an older tag leaves the newer ones as they are.
+    DeepSpeed moves `latest`. It takes the state as it is, anywhere in the loop: masters and
+    moments change in `engine.step()` only, and gradients that have been accumulated belong to no
+    checkpoint, as in DeepSpeed. In the tag's directory lies, in the place of the state, a small
+    file that names the step; `client_state` is stored with it. `load_checkpoint` loads what was
+    saved so, at any number of ranks and any ZeRO stage; what `attach` saves has no tags, and
+    `restore` of the result loads it. Training on from an older tag leaves the newer ones as they
+    are.
 
     Args:
         engine: of `deepspeed.initialize`.
@@ -86,15 +88,15 @@ class _Link:
         self._newest = max(newest, self._newest)
 
     def save(self, client_state: dict[str, Any]) -> str:
-        """Store the state of the last update durably; what to find it by, as JSON.
+        """Store the state as it is durably; what to find it by, as JSON.
 
         Raises:
-            SaveFailedError: it cannot be stored, or a forward pass has begun since.
+            SaveFailedError: it cannot be stored.
         """
         checkpointer = self._checkpointer
         self._trained.client_state = client_state
         checkpointer.step = self._newest = max(checkpointer.step, self._newest + 1)
-        checkpointer.save_now()
+        checkpointer.save_now(late=True)
         checkpointer.wait()
         return json.dumps({_MARK: {"url": self._url, "step": checkpointer.step}}, indent=1)
 

@@ -65,7 +65,8 @@ class TrainingState:
         optimizers    [{param_groups, other, shared}], what is no tensor of a parameter
         module_extra  {module name: get_extra_state()}
         engine        counters, loss scale and schedule of an engine such as DeepSpeed's
-        ranks         {rank: {rng, extra}}, and buffers where every rank has its own
+        ranks         {rank: {rng, extra}}, and buffers where every rank has its own,
+                      and what else is a rank's own: `own_more`
         world_size    int
         __numpy_leaves__  {rank: paths of leaves that were NumPy's, not torch's}
     """
@@ -73,6 +74,7 @@ class TrainingState:
     trained: Trained
     extras: Sequence[Extra]
     world: World
+    own_more: dict[str, Any] = field(default_factory=dict[str, Any])
     _common_copies: SteadyCopies = field(default_factory=SteadyCopies)
     _own_copies: SteadyCopies = field(default_factory=SteadyCopies)
     _clocks: DeviceClocks = field(default_factory=DeviceClocks)
@@ -155,6 +157,7 @@ class TrainingState:
     def _own(self) -> dict[str, Any]:
         extra = self._at_update["extra"] | self._extras(Moment.FORWARD)
         own: dict[str, Any] = {"rng": self._at_update["rng"], "extra": extra}
+        own |= private(self.own_more, self._own_copies)
         if not self.world.shares_buffers:
             own["buffers"] = self._buffers(self._own_copies)
         return {str(self.world.rank): own}

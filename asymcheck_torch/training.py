@@ -267,21 +267,28 @@ class TrainingCheckpointer:
         self._cycle.begin()
         return found
 
-    def save_now(self) -> None:
+    def save_now(self, *, late: bool = False) -> None:
         """Checkpoint the current step whatever `every_steps` says, if it is not already.
 
         Call it between an update and the next forward pass. Durable after `wait()`.
+
+        Args:
+            late: after a forward pass, too (an update that was skipped, accumulation that is not
+                at its end). Parameters and optimizer state are those of the update then, but
+                buffers, generators and extra state what they are now, unless the step was to be
+                checkpointed anyway. Gradients are in no checkpoint.
 
         Raises:
             SaveFailedError: a forward pass has begun since the update, and may have changed
                 buffers; the step was not to be checkpointed and cannot be any more.
         """
         if not self._due and self._capture is None and self.step != self._captured:
-            if self._seen_forward:
+            if self._seen_forward and not late:
                 raise SaveFailedError(
                     "the step cannot be checkpointed: a forward pass has begun since its update",
                     step=self.step,
-                    hint="Call save_now() between optimizer.step() and the next forward pass",
+                    hint="Call save_now() between optimizer.step() and the next forward pass, or "
+                    "save_now(late=True) to take buffers and generators as they are now",
                 )
             self._note_update()
         self._barrier()

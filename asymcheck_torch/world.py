@@ -62,6 +62,16 @@ class World:
             number = int(tensor.item())
         return number
 
+    def broadcast_text(self, text: str) -> str:
+        """The text that rank 0 gives; no matter what the others do."""
+        if self.size == 1:
+            return text
+        data = text.encode() if self.rank == 0 else b""
+        size = self.broadcast(len(data))
+        tensor = self._tensor(list(data.ljust(size)))
+        dist.broadcast(tensor, group=self.group, group_src=0)
+        return bytes(tensor.tolist()).decode()
+
     def extremes(self, number: int) -> tuple[int, int]:
         """The smallest and the largest number that any rank gives."""
         if self.size == 1:

@@ -1,10 +1,11 @@
 """A rank that trains with ZeRO-3 and a checkpoint at every step, and may kill itself.
 
-    python deepspeed_killed.py DIRECTORY STEPS VICTIM POINT NUMBER    (ranks by environment)
+    python deepspeed_killed.py DIRECTORY STEPS WIDTH VICTIM POINT NUMBER    (ranks by environment)
 
 Restores first. Rank 0 prints `restored STEP DIGEST` and `step STEP DIGEST`. Rank VICTIM dies at
 POINT, one of `before pack`, `after pack`, `before manifest`, `after manifest`, `before commit`,
-`after commit`, when it comes there for the NUMBER-th time.
+`after commit`, when it comes there for the NUMBER-th time. Host memory is so small that a wide
+model is stored in several packs by each rank at every step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from deepspeed_runs import Setting, build, snapshot
 
 import asymcheck_torch
+from asymcheck.checkpointer import MIN_HOST_NBYTES
 from asymcheck.stores import LocalStore
 
 
@@ -35,12 +38,14 @@ def die_at(point: str, number: int) -> None:
     """Kill this process before or after it writes the `number`-th object of a kind."""
     moment, kind = point.split()
     seen = [0]
+    counting = threading.Lock()  # several packs are written at once
 
     def wrapped(write: Callable[..., Any]) -> Callable[..., Any]:
         def put(self: LocalStore, key: str, data: memoryview) -> Any:
             counts = key.startswith(("data/", "commits/")) and kind_of(key) == kind
-            seen[0] += counts
-            last = counts and seen[0] == number
+            with counting:
+                seen[0] += counts
+                last = counts and seen[0] == number
             if last and moment == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
             result = write(self, key, data)
@@ -78,16 +83,17 @@ def say(*words: object) -> None:
         print(*words, flush=True)
 
 
-def main(directory: str, steps: int, victim: int, point: str, number: int) -> None:
+def main(directory: str, steps: int, width: int, victim: int, point: str, number: int) -> None:
     torch.set_num_threads(1)
     os.environ["TORCH_EXTENSIONS_DIR"] = f"{directory}/built"
     # Without it DeepSpeed compiles an extension for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
-    engine = build(Setting(stage=3))
+    engine = build(Setting(stage=3, width=width))
     torch.manual_seed(100 + dist.get_rank())
     url = f"{directory}/run"
-    with asymcheck_torch.attach(engine, url=url, commit_timeout_s=6.0) as checkpointer:
+    options: dict[str, Any] = {"commit_timeout_s": 6.0, "max_host_bytes": MIN_HOST_NBYTES}
+    with asymcheck_torch.attach(engine, url=url, **options) as checkpointer:
         first = checkpointer.restore()
         say("restored", first, digest(engine) if first else "nothing")
         if dist.get_rank() == victim:
@@ -100,4 +106,5 @@ def main(directory: str, steps: int, victim: int, point: str, number: int) -> No
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+    directory, steps, width, victim, point, number = sys.argv[1:]
+    main(directory, int(steps), int(width), int(victim), point, int(number))

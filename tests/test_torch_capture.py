@@ -289,6 +289,20 @@ def test_save_now():
     assert_stored("memory://now", {3: seen[3]})
 
 
+def test_save_now_late_takes_the_generator_as_it_is_now():
+    run = simple(lambda p: torch.optim.Adam(p))()
+    seen = record_updates(run)
+    with run.attach("memory://late", every_steps=10) as ckpt:
+        run.train(0, 2)
+        run.module(torch.randn(2, 12))
+        generator = torch.get_rng_state()
+        ckpt.save_now(late=True)
+        torch.manual_seed(5)
+        ckpt.restore()
+        assert torch.equal(torch.get_rng_state(), generator)
+    assert_stored("memory://late", {2: seen[2]})
+
+
 def test_every_steps_is_at_least_one():
     run = simple(lambda p: torch.optim.Adam(p))()
     with pytest.raises(ValueError, match="every_steps is 0"):

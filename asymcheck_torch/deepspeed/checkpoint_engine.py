@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,20 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 )
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from asymcheck.errors import CheckpointNotFoundError, StoreError
+from asymcheck.errors import (
+    AsymCheckError,
+    CheckpointNotFoundError,
+    SaveFailedError,
+    StoreError,
+)
 from asymcheck.stores import LocalStore
 from asymcheck_torch.deepspeed.engine import Engine
+from asymcheck_torch.deepspeed_files import OWN_KEYS
 from asymcheck_torch.training import TrainingCheckpointer, attach
 
 _Base: Any = CheckpointEngine  # it ships no types
 _MARK = "asymcheck"
-_OF_DEEPSPEED = frozenset(
-    {
-        *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes"),
-        *("shared_params", "frozen_param_fragments", "lr_scheduler", "data_sampler"),
-        *("random_ltd", "skipped_steps", "global_steps", "global_samples", "dp_world_size"),
-        *("mp_world_size", "checkpoint_parallel_dimensions", "ds_config", "ds_version"),
-    }
-)
-"""What DeepSpeed itself puts beside the client's state."""
+_MARK_FILE = "asymcheck.json"  # in the directory of a tag; of one name, so that there is one
 
 
 def use(
@@ -38,11 +38,13 @@ def use(
     """Have `engine.save_checkpoint` and `engine.load_checkpoint` go through AsymCheck.
 
     Scripts stay as they are. `save_checkpoint` returns when the step is durable, and only then
-    DeepSpeed moves `latest`; it takes the state right after the update, so call it between
-    `engine.step()` and the next forward pass. In the tag's directory lies, in the place of the
-    state, a small file that names the step; `client_state` is stored with it. `load_checkpoint`
-    loads at any number of ranks and any ZeRO stage, and checkpoints of `attach` too. Training on
-    from an older tag leaves the newer ones as they are.
+    DeepSpeed moves `latest`. It takes the state as it is, anywhere in the loop: masters and
+    moments change in `engine.step()` only, and gradients that have been accumulated belong to no
+    checkpoint, as in DeepSpeed. In the tag's directory lies, in the place of the state, a small
+    file that names the step; `client_state` is stored with it. `load_checkpoint` loads what was
+    saved so, at any number of ranks and any ZeRO stage; what `attach` saves has no tags, and
+    `restore` of the result loads it. Training on from an older tag leaves the newer ones as they
+    are.
 
     Args:
         engine: of `deepspeed.initialize`.
@@ -85,18 +87,71 @@ class _Link:
         _, newest = self._checkpointer.state.world.extremes(max(steps, default=0))
         self._newest = max(newest, self._newest)
 
-    def save(self, client_state: dict[str, Any]) -> str:
-        """Store the state of the last update durably; what to find it by, as JSON.
+    def save(self, client_state: dict[str, Any] | None, directory: Path) -> None:
+        """Store the state as it is, and in the tag's directory what it is found by.
+
+        Returns when both are durable. If a rank fails all raise, so none waits for another and
+        DeepSpeed leaves `latest` as it is, whatever `on_error` says.
+
+        Args:
+            client_state: what DeepSpeed gives out on this rank; None for nothing.
+            directory: of the tag.
 
         Raises:
-            SaveFailedError: it cannot be stored, or a forward pass has begun since.
+            SaveFailedError: it cannot be stored, here or on another rank.
+            UnsupportedStateError: the client's state holds what no checkpoint can.
+            StoreError: the store or the tag's directory cannot be written.
         """
+        self._note(client_state)
         checkpointer = self._checkpointer
-        self._trained.client_state = client_state
         checkpointer.step = self._newest = max(checkpointer.step, self._newest + 1)
-        checkpointer.save_now()
-        checkpointer.wait()
-        return json.dumps({_MARK: {"url": self._url, "step": checkpointer.step}}, indent=1)
+        self._together(self._store)
+        self._together(lambda: self._mark(directory))
+
+    def _note(self, client_state: dict[str, Any] | None) -> None:
+        state = self._checkpointer.state
+        state.own_more.clear()
+        if state.world.rank == 0:
+            self._trained.client_state = client_state or {}
+        elif client_state is not None:
+            state.own_more["client_state"] = client_state
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Have all ranks do it; if one raises, all do."""
+        error: Exception | None = None
+        try:
+            work()
+        except Exception as caught:
+            error = caught
+        _, failed = self._checkpointer.state.world.extremes(int(error is not None))
+        if error is not None:
+            raise error
+        if failed:
+            raise SaveFailedError(
+                "another rank could not save",
+                step=self._checkpointer.step,
+                hint="Its own error says why; 'latest' is as it was",
+            )
+
+    def _store(self) -> None:
+        checkpointer = self._checkpointer
+        try:
+            checkpointer.save_now(late=True)
+            checkpointer.wait()
+        except AsymCheckError:
+            with suppress(AsymCheckError):  # of this save, too: the next one shall not raise it
+                checkpointer.wait()
+            raise
+        if checkpointer.step not in checkpointer.checkpointer.steps():
+            raise SaveFailedError(
+                "the step was not committed", step=checkpointer.step, hint="The log says why"
+            )
+
+    def _mark(self, directory: Path) -> None:
+        if self._checkpointer.state.world.rank == 0:
+            place = {_MARK: {"url": self._url, "step": self._checkpointer.step}}
+            data = json.dumps(place, indent=1).encode()
+            LocalStore(directory).put(_MARK_FILE, memoryview(data))
 
     def load(
         self,
@@ -120,13 +175,10 @@ class _Link:
         """
         if custom_load_fn is not None:
             raise ValueError("AsymCheck reads straight into the engine: no custom_load_fn")
-        if tag is None:
-            latest = Path(load_dir) / "latest"
-            if not latest.is_file():
-                return None, None
-            tag = latest.read_text().strip()
-        directory = Path(load_dir) / str(tag)
-        step = _step_in(directory)
+        found = self._find(load_dir, tag)
+        if not found:
+            return None, None
+        step: int = found["step"]
         schedule = None if load_lr_scheduler_states else self._schedule()
         weights_only = load_module_only or not load_optimizer_states
         if weights_only:
@@ -138,23 +190,42 @@ class _Link:
         if schedule is not None:
             self._engine.lr_scheduler.load_state_dict(schedule)
         self._number_on()
-        return str(directory), self._trained.found.get("client_state", {})
+        return found["directory"], self._trained.found.get("client_state", {})
+
+    def _find(self, load_dir: str | os.PathLike[str], tag: str | None) -> dict[str, Any]:
+        """What rank 0 finds, on all ranks: they load the same step, or raise the same error."""
+        world = self._checkpointer.state.world
+        here = json.dumps(_look_up(load_dir, tag)) if world.rank == 0 else ""
+        found: dict[str, Any] = json.loads(world.broadcast_text(here))
+        if "problem" in found:
+            raise CheckpointNotFoundError(
+                found["problem"],
+                hint="What DeepSpeed itself has saved comes in by 'asymcheck import --from "
+                "deepspeed'",
+            )
+        return found
 
     def _schedule(self) -> dict[str, Any] | None:
         schedule = self._engine.lr_scheduler
         return None if schedule is None else schedule.state_dict()
 
 
-def _step_in(directory: Path) -> int:
-    """The step that the small file in a tag's directory names."""
-    for file in sorted(directory.glob("*_model_states.pt")):
-        data = file.read_bytes()[: 1 << 16]
-        if data.startswith(b"{"):
-            return int(json.loads(data)[_MARK]["step"])
-    raise CheckpointNotFoundError(
-        f"{directory} is no checkpoint that was saved through AsymCheck",
-        hint="What DeepSpeed itself has saved comes in by 'asymcheck import --from deepspeed'",
-    )
+def _look_up(load_dir: str | os.PathLike[str], tag: str | None) -> dict[str, Any]:
+    """The directory of a tag and the step that it names; empty if there is no `latest`."""
+    try:
+        if tag is None:
+            latest = Path(load_dir) / "latest"
+            if not latest.is_file():
+                return {}
+            tag = latest.read_text().strip()
+        directory = Path(load_dir) / str(tag)
+        file = directory / _MARK_FILE
+        if not file.is_file():
+            return {"problem": f"{directory} is no checkpoint that was saved through AsymCheck"}
+        step = int(json.loads(file.read_bytes())[_MARK]["step"])
+        return {"directory": str(directory), "step": step}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {"problem": f"the step of tag {tag} in {load_dir} cannot be read: {error!r}"}
 
 
 class _AsymCheckpointEngine(_Base):
@@ -171,13 +242,12 @@ class _AsymCheckpointEngine(_Base):
         self._files = TorchCheckpointEngine()
         self._directory: Path | None = None  # of the tag that is being saved
         self._made = False
-        self._model_states: Path | None = None
-        self._client_state: dict[str, Any] = {}
+        self._client_state: dict[str, Any] | None = None
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """A save begins."""
         self._directory = Path(info.save_dir) / info.tag
-        self._made, self._model_states, self._client_state = False, None, {}
+        self._made, self._client_state = False, None
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a directory; that of the tag means that a checkpoint is saved, on all ranks."""
@@ -189,8 +259,7 @@ class _AsymCheckpointEngine(_Base):
         if not self._made:
             self._files.save(state_dict, path)
         elif path.endswith("_model_states.pt"):
-            self._model_states = Path(path)
-            self._client_state = {k: v for k, v in state_dict.items() if k not in _OF_DEEPSPEED}
+            self._client_state = {k: v for k, v in state_dict.items() if k not in OWN_KEYS}
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Refused: `load_checkpoint` of this engine needs no files of DeepSpeed's."""
@@ -200,11 +269,7 @@ class _AsymCheckpointEngine(_Base):
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """Return when everything is durable; DeepSpeed writes `latest` after that."""
-        if self._made:
-            place = self._link.save(self._client_state)
-            if self._model_states is not None:
-                LocalStore(self._model_states.parent).put(
-                    self._model_states.name, memoryview(place.encode())
-                )
+        if self._made and self._directory is not None:
+            self._link.save(self._client_state, self._directory)
         self._directory, self._made = None, False
         return True

@@ -29,7 +29,7 @@ class Engine:
     """An engine of `deepspeed.initialize`: what its optimizer trains, and its own counters.
 
     Attributes:
-        client_state: what a script gives with a checkpoint.
+        client_state: what a script gives with a checkpoint on rank 0.
         found: the engine state of the checkpoint that was restored last.
     """
 
@@ -99,7 +99,9 @@ class Engine:
             drop_gradients(self.engine)
             apply_inner()
             self.found.clear()
-            self.found.update(stored.engine or {})
+            if stored.engine is not None:
+                own = {k: v for k, v in stored.own.items() if k == "client_state"}
+                self.found.update(stored.engine | own)
             if self.is_updated and self.found:
                 self.apply_engine_state()
             elif self.is_updated:

@@ -19,12 +19,13 @@ zipnn, blosc2 and pcodec are measured if installed (pip install zipnn blosc2 pco
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import pydoc_data.topics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ import torch
 from numpy.typing import NDArray
 
 import asymcheck
-from asymcheck.codecs import Codec, Column, DeltaCodec, PlaneCodec, ReplayCodec
+from asymcheck.codecs import Column, DeltaCodec, PlaneCodec, ReplayCodec
 from asymcheck.reader import open_step, whole
 from asymcheck.state import Update, numpy_view
 from asymcheck.stores import open_store
@@ -47,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(1, str(Path(__file__).parent / "common"))
 from coders import Coder, others, ours
 from gpt2 import GPT2, TINY, ByteBatches, GPT2Config
+from train_gpt2 import english_text
 
 ROLES = {"params": "copy", "master": "weight", "exp_avg": "first", "exp_avg_sq": "second"}
 GAPS = (1, 10, 100)
@@ -71,6 +73,7 @@ class Run:
 
 def train(args: argparse.Namespace, gradients: str) -> Run:
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     config = SMALL if args.small else TINY
     model = GPT2(config)
     masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
@@ -83,17 +86,10 @@ def train(args: argparse.Namespace, gradients: str) -> Run:
     for step in range(1, max(kept) + 1):
         train_step(model, masters, optimizer, next(batches))
         if step in kept:
-            states[step] = state_of(masters, optimizer)
+            states[step] = state_of(model, masters, optimizer)
             update = update_of(optimizer, 0, optimizer.param_groups[0], step)
             updates[step] = replace(update, roles=tuple(ROLES.items()))
     return Run(states, updates)
-
-
-def english_text(path: Path | None) -> bytes:
-    """The text to train on: a file, or the manual pages that come with Python itself."""
-    if path is not None:
-        return path.read_bytes()
-    return "\n".join(pydoc_data.topics.topics.values()).encode()
 
 
 def train_step(model: GPT2, masters: list[Any], optimizer: Any, batch: Any) -> None:
@@ -107,46 +103,66 @@ def train_step(model: GPT2, masters: list[Any], optimizer: Any, batch: Any) -> N
             parameter.copy_(master)
 
 
-def state_of(masters: list[Any], optimizer: Any) -> State:
-    def flat(tensors: Iterator[Any]) -> NDArray[Any]:
-        return torch.cat([tensor.detach().flatten() for tensor in tensors]).numpy()
+def state_of(model: GPT2, masters: list[Any], optimizer: Any) -> State:
+    def flat(tensors: Iterable[Any]) -> Any:
+        return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
-    master = flat(iter(masters))
+    low = flat(parameter.bfloat16() for parameter in model.parameters())
     moments = {
-        kind: flat(optimizer.state[master][kind] for master in masters)
+        kind: flat(optimizer.state[master][kind] for master in masters).numpy()
         for kind in ("exp_avg", "exp_avg_sq")
     }
-    return {"params": master.astype(ml_dtypes.bfloat16), "master": master, **moments}
+    return {
+        "params": low.view(torch.int16).numpy().view(ml_dtypes.bfloat16),
+        "master": flat(masters).numpy(),
+        **moments,
+    }
 
 
 # -- measuring ---------------------------------------------------------------------------------
 
 
-@dataclass
-class Figures:
-    """What one coder made of some columns."""
-
-    raw_nbytes: int
-    stored_nbytes: int
-    encode_s: list[float]
-    decode_s: list[float]
-
-    def plain(self) -> dict[str, float]:
-        return {
-            "ratio": self.stored_nbytes / self.raw_nbytes,
-            "encode_gb_s": self.raw_nbytes / median(self.encode_s) / 1e9,
-            "decode_gb_s": self.raw_nbytes / median(self.decode_s) / 1e9,
-        }
+def blocks_of(array: NDArray[Any]) -> list[NDArray[np.uint8]]:
+    starts = range(0, array.size, BLOCK_SIZE)
+    return [array[start : start + BLOCK_SIZE].view(np.uint8) for start in starts]
 
 
-def columns_of(kind: str, new: State, old: State | None) -> list[Column]:
-    def blocks(array: NDArray[Any]) -> list[NDArray[np.uint8]]:
-        starts = range(0, array.size, BLOCK_SIZE)
-        return [array[start : start + BLOCK_SIZE].view(np.uint8) for start in starts]
+def groups_of(kinds: Sequence[str], new: State, old: State | None) -> list[tuple[Column, ...]]:
+    """For each block, its columns of these kinds."""
 
-    news = blocks(new[kind])
-    olds = [None] * len(news) if old is None else blocks(old[kind])
-    return [Column(kind, new[kind].dtype, n, o) for n, o in zip(news, olds, strict=True)]
+    def columns(kind: str) -> list[Column]:
+        news = blocks_of(new[kind])
+        olds = [None] * len(news) if old is None else blocks_of(old[kind])
+        return [Column(kind, new[kind].dtype, n, o) for n, o in zip(news, olds, strict=True)]
+
+    return list(zip(*map(columns, kinds), strict=True))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a coder made of groups of columns."""
+
+    encode_s: float
+    decode_s: float
+    stored_nbytes: Counter[str]
+
+
+def code(coder: Coder, groups: Sequence[Sequence[Column]], outs: Sequence[Any]) -> Turn:
+    """Encode, decode to `outs`, compare."""
+    for out in itertools.chain(*outs):
+        out.fill(0)
+    payloads: list[Sequence[Any]] = []
+    decoded: list[Sequence[Any]] = []
+    encode_s = seconds(lambda: payloads.extend(map(coder.encode, groups)))
+    decode_s = seconds(lambda: decoded.extend(map(coder.decode, payloads, groups, outs)))
+    stored_nbytes: Counter[str] = Counter()
+    columns = itertools.chain(*groups)
+    for column, payload, data in zip(
+        columns, itertools.chain(*payloads), itertools.chain(*decoded), strict=True
+    ):
+        stored_nbytes[column.kind] += memoryview(payload).nbytes
+        check(column.new, np.frombuffer(data, np.uint8), coder.name)
+    return Turn(encode_s, decode_s, stored_nbytes)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -156,56 +172,28 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - begun_s
 
 
-def measure_leaf(
-    coders: Sequence[Coder], columns: Sequence[Column], repeats: int
-) -> dict[str, dict[str, float]]:
-    raw_nbytes = sum(column.new.nbytes for column in columns)
-    figures = {coder.name: Figures(raw_nbytes, 0, [], []) for coder in coders}
-    outs = [np.zeros_like(column.new) for column in columns]
-    for turn in range(repeats + 1):  # the first is not timed
-        for coder in coders:
-            found = figures[coder.name]
-            payloads: list[Any] = []
-            decoded: list[Any] = []
-            encode_s = seconds(lambda: payloads.extend(map(coder.encode, columns)))  # noqa: B023
-            decode_s = seconds(lambda: decoded.extend(map(coder.decode, payloads, columns, outs)))  # noqa: B023
-            for column, data in zip(columns, decoded, strict=True):
-                check(column.new, np.frombuffer(data, np.uint8), coder.name)
-            found.stored_nbytes = sum(memoryview(payload).nbytes for payload in payloads)
-            if turn:
-                found.encode_s.append(encode_s)
-                found.decode_s.append(decode_s)
-    return {name: found.plain() for name, found in figures.items()}
-
-
-def measure_state(
-    codecs: Sequence[Codec], new: State, old: State | None, repeats: int
+def measure(
+    coders: Sequence[Coder], groups: Sequence[Sequence[Column]], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """All kinds of a block at once."""
-    groups = list(zip(*(columns_of(kind, new, old) for kind in ROLES), strict=True))
-    raw_nbytes = sum(array.nbytes for array in new.values())
-    figures = {codec.id: Figures(raw_nbytes, 0, [], []) for codec in codecs}
-    ratios: dict[str, dict[str, float]] = {}
-    outs = [[replace(c, new=np.zeros_like(c.new)) for c in group] for group in groups]
-    for turn in range(repeats + 1):
-        for codec in codecs:
-            found = figures[codec.id]
-            coded: list[list[Any]] = []
-            encode_s = seconds(lambda: coded.extend(map(codec.encode, groups)))  # noqa: B023
-            payloads = [[memoryview(payload) for payload in group] for group in coded]
-            decode_s = seconds(lambda: list(map(codec.decode, outs, payloads)))  # noqa: B023
-            for column, out in zip(sum(groups, ()), sum(outs, []), strict=True):
-                check(column.new, out.new, codec.id)
-            by_kind = [sum(p.nbytes for p in each) for each in zip(*payloads, strict=True)]
-            found.stored_nbytes = sum(by_kind)
-            ratios[codec.id] = {
-                kind: nbytes / new[kind].nbytes for kind, nbytes in zip(ROLES, by_kind, strict=True)
-            }
-            if turn:
-                found.encode_s.append(encode_s)
-                found.decode_s.append(decode_s)
+    """By the coder's name: ratios and speeds."""
+    outs = [[np.empty_like(column.new) for column in group] for group in groups]
+    turns: dict[str, list[Turn]] = {coder.name: [] for coder in coders}
+    for _ in range(1 + repeats):
+        for coder in coders:
+            turns[coder.name].append(code(coder, groups, outs))
+    raw_nbytes: Counter[str] = Counter()
+    for column in itertools.chain(*groups):
+        raw_nbytes[column.kind] += column.new.nbytes
+    return {name: figures(raw_nbytes, taken[1:]) for name, taken in turns.items()}
+
+
+def figures(raw_nbytes: Counter[str], turns: Sequence[Turn]) -> dict[str, Any]:
+    stored_nbytes, total = turns[0].stored_nbytes, raw_nbytes.total()
     return {
-        name: found.plain() | {"ratio_by_kind": ratios[name]} for name, found in figures.items()
+        "ratio": stored_nbytes.total() / total,
+        "encode_gb_s": total / median(turn.encode_s for turn in turns) / 1e9,
+        "decode_gb_s": total / median(turn.decode_s for turn in turns) / 1e9,
+        "ratio_by_kind": {kind: stored_nbytes[kind] / raw_nbytes[kind] for kind in raw_nbytes},
     }
 
 
@@ -218,12 +206,11 @@ def chain_gb_s(codec: str, run: Run, first: int, increments: int, repeats: int) 
     """Of an increment, as the library reads a chain of them with one thread."""
     with tempfile.TemporaryDirectory() as root:
         save_chain(root, codec, run, first, increments)
-        base_s, last_s = ([], [])
-        for _ in range(repeats):
-            base_s.append(read_seconds(root, first, run))
-            last_s.append(read_seconds(root, first + increments, run))
+        ends = (first, first + increments)
+        turns = [[read_seconds(root, step, run) for step in ends] for _ in range(repeats)]
+    base_s, last_s = map(median, zip(*turns, strict=True))
     nbytes = sum(array.nbytes for array in run.states[first].values())
-    return nbytes * increments / (median(last_s) - median(base_s)) / 1e9
+    return nbytes * increments / (last_s - base_s) / 1e9
 
 
 def save_chain(root: str, codec: str, run: Run, first: int, increments: int) -> None:
@@ -253,56 +240,67 @@ def read_seconds(root: str, step: int, run: Run) -> float:
 # -- the whole benchmark -----------------------------------------------------------------------
 
 
-def measure_run(args: argparse.Namespace, run: Run) -> list[dict[str, Any]]:
-    """One row for each leaf kind, gap and coder; of the whole state, the kind is `state`."""
-    libraries, _ = others()
-    rows: list[dict[str, Any]] = []
+Rows = list[dict[str, Any]]
+"""Figures of a coder, with the kind of leaf (`state` for all together), the gap, the coder."""
 
-    def add(kind: str, gap: int | str, figures: Mapping[str, Mapping[str, Any]]) -> None:
-        rows.extend({"kind": kind, "gap": gap, "coder": c, **found} for c, found in figures.items())
 
-    old, last = run.states[args.step], args.step + GAPS[-1]
-    full = [ours(PlaneCodec()), *(library.alone() for library in libraries)]
-    differences = [
-        ours(DeltaCodec()),
-        *(library.of_xor() for library in libraries if library.name != "pcodec-8"),
-        *(library.of_subtraction() for library in libraries if library.name in SUBTRACTED),
-    ]
-    for kind in ROLES:
-        columns = columns_of(kind, run.states[last], None)
-        add(kind, FULL, measure_leaf(full, columns, args.repeats))
-        for gap in GAPS:
-            columns = columns_of(kind, run.states[args.step + gap], old)
-            add(kind, gap, measure_leaf(differences, columns, args.repeats))
-    add("state", FULL, measure_state([PlaneCodec()], run.states[last], None, args.repeats))
+def measure_run(args: argparse.Namespace, run: Run) -> Rows:
+    last = run.states[args.step + GAPS[-1]]
+    rows = measure_full(last, args.repeats)
     for gap in GAPS:
-        step = args.step + gap
-        replay = ReplayCodec("adam", tuple(ROLES.values()), run.updates[step].numbers)
-        figures = measure_state([DeltaCodec(), replay], run.states[step], old, args.repeats)
-        for kind, ratio in figures["replay"]["ratio_by_kind"].items():
-            add(kind, gap, {"replay": {"ratio": ratio}})
-        if gap == 1:
-            for name, found in figures.items():
-                found["chain_gb_s"] = chain_gb_s(name, run, args.step, args.chain, args.repeats)
-        add("state", gap, figures)
+        rows += measure_gap(run, args.step, gap, args.repeats)
+    for row in rows:
+        if row["kind"] == "state" and row["gap"] == 1:
+            row["chain_gb_s"] = chain_gb_s(row["coder"], run, args.step, args.chain, args.repeats)
     return rows
 
 
-SUBTRACTED = ("zstd-1", "pcodec-8")
+def measure_full(state: State, repeats: int) -> Rows:
+    """Without a predecessor."""
+    plane, libraries = ours(PlaneCodec()), others()[0]
+    coders = [plane, *(library.alone() for library in libraries)]
+    rows: Rows = []
+    for kind in ROLES:
+        rows += rows_of(kind, FULL, measure(coders, groups_of([kind], state, None), repeats))
+    return rows + rows_of(
+        "state", FULL, measure([plane], groups_of([*ROLES], state, None), repeats)
+    )
+
+
+def measure_gap(run: Run, step: int, gap: int, repeats: int) -> Rows:
+    """A state that many steps after its predecessor; `replay` codes all leaves of it together."""
+    delta = ours(DeltaCodec())
+    numbers = run.updates[step + gap].numbers
+    replay = ours(ReplayCodec("adam", tuple(ROLES.values()), numbers))
+    others_too = [lib.of_difference(name) for lib in others()[0] for name in lib.differences]
+    new, old = run.states[step + gap], run.states[step]
+    rows: Rows = []
+    for kind in ROLES:
+        coders = [delta, *others_too]
+        rows += rows_of(kind, gap, measure(coders, groups_of([kind], new, old), repeats))
+    together = measure([delta, replay], groups_of([*ROLES], new, old), repeats)
+    for kind, ratio in together["replay"]["ratio_by_kind"].items():
+        rows += rows_of(kind, gap, {"replay": {"ratio": ratio}})
+    return rows + rows_of("state", gap, together)
+
+
+def rows_of(kind: str, gap: int | str, found: Mapping[str, Mapping[str, Any]]) -> Rows:
+    return [{"kind": kind, "gap": gap, "coder": name, **each} for name, each in found.items()]
 
 
 # -- tables ------------------------------------------------------------------------------------
 
 
-def leaf_table(rows: Sequence[Mapping[str, Any]], full: bool) -> Iterator[str]:
-    """Of one table of all leaf kinds, with or without predecessor."""
+def leaf_table(rows: Rows, full: bool) -> Iterator[str]:
+    """Of all leaf kinds, with or without predecessor."""
     chosen = [row for row in rows if row["kind"] != "state" and (row["gap"] == FULL) == full]
     coders = list(dict.fromkeys(row["coder"] for row in chosen))
+    cells = {(row["kind"], row["gap"], row["coder"]): cell(row) for row in chosen}
     yield table_row(["leaf", "gap", *coders])
     yield table_row(["---"] * (2 + len(coders)))
-    cells = {(row["kind"], row["gap"], row["coder"]): cell(row) for row in chosen}
-    for kind, gap in dict.fromkeys((row["kind"], row["gap"]) for row in chosen):
-        yield table_row([kind, str(gap), *(cells.get((kind, gap, c), "–") for c in coders)])
+    for kind in ROLES:
+        for gap in [FULL] if full else GAPS:
+            yield table_row([kind, str(gap), *(cells[kind, gap, coder] for coder in coders)])
 
 
 def cell(row: Mapping[str, Any]) -> str:
@@ -312,7 +310,7 @@ def cell(row: Mapping[str, Any]) -> str:
     return f"{ratio} ({row['encode_gb_s']:.2f} / {row['decode_gb_s']:.2f})"
 
 
-def state_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+def state_table(runs: Mapping[str, Rows]) -> Iterator[str]:
     heads = ["gradients", "coder", "gap", "% of raw", "encode", "decode", "chain decode"]
     yield table_row(heads)
     yield table_row(["---"] * len(heads))
@@ -347,7 +345,7 @@ def main(args: argparse.Namespace) -> None:
     _, missing = others()
     if missing:
         print(f"not installed, so not measured: {', '.join(missing)}\n")
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, Rows] = {}
     for gradients in args.gradients:
         run = train(args, gradients)
         size = run.states[args.step]["master"].size
@@ -359,7 +357,8 @@ def main(args: argparse.Namespace) -> None:
     print("\n".join(state_table(runs)))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(runs, indent=1))
+        settings = {key: str(value) for key, value in vars(args).items()}
+        args.output.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Coders of one leaf's bytes, alone or as a difference to its predecessor: ours and others."""
+"""Coders of columns, alone or as differences to their predecessors: ours and others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -19,63 +19,75 @@ Words = NDArray[Any]
 
 @dataclass(frozen=True)
 class Coder:
-    """`encode` makes a payload of a column; `decode` the column's bytes of that, maybe in `out`."""
+    """`encode` makes payloads of columns; `decode` their bytes of those, in `outs` or elsewhere."""
 
     name: str
-    encode: Callable[[Column], Any]
-    decode: Callable[[Any, Column, Bytes], Any]
+    encode: Callable[[Sequence[Column]], Sequence[Any]]
+    decode: Callable[[Sequence[Any], Sequence[Column], Sequence[Bytes]], Sequence[Any]]
 
 
 def ours(codec: Codec) -> Coder:
-    def encode(column: Column) -> Any:
-        return codec.encode([column])[0]
+    def decode(payloads: Any, columns: Any, outs: Any) -> Any:
+        targets = [replace(column, new=out) for column, out in zip(columns, outs, strict=True)]
+        codec.decode(targets, [memoryview(payload) for payload in payloads])
+        return outs
 
-    def decode(payload: Any, column: Column, out: Bytes) -> Bytes:
-        target = Column(column.kind, column.dtype, out, column.old)
-        codec.decode([target], [memoryview(payload)])
-        return out
+    return Coder(codec.id, codec.encode, decode)
 
-    return Coder(codec.id, encode, decode)
+
+def _each(name: str, encode: Callable[..., Any], decode: Callable[..., Any]) -> Coder:
+    """Of functions for one column."""
+    return Coder(
+        name,
+        lambda columns: [encode(column) for column in columns],
+        lambda payloads, columns, outs: list(map(decode, payloads, columns, outs)),
+    )
 
 
 @dataclass(frozen=True)
 class Library:
-    """`compress` takes words, `decompress` gives their bytes back, maybe in `out` (words)."""
+    """`compress` takes words, `decompress` gives their bytes back, in `out` (words) or elsewhere.
+
+    `differences` are those that it is measured with: "xor" and "sub".
+    """
 
     name: str
     compress: Callable[[Words], Any]
     decompress: Callable[[Any, Words], Any]
+    differences: tuple[str, ...] = ("xor",)
 
     def alone(self) -> Coder:
         def encode(column: Column) -> Any:
-            return self.compress(column.new.view(_words(column)))
+            return self.compress(column.new.view(_words(column, "u")))
 
         def decode(payload: Any, column: Column, out: Bytes) -> Any:
-            return self.decompress(payload, out.view(_words(column)))
+            return self.decompress(payload, out.view(_words(column, "u")))
 
-        return Coder(self.name, encode, decode)
+        return _each(self.name, encode, decode)
 
-    def of_xor(self) -> Coder:
-        return self._of_difference("xor", np.bitwise_xor, np.bitwise_xor)
+    def of_difference(self, difference: str) -> Coder:
+        take, undo = _DIFFERENCES[difference]
 
-    def of_subtraction(self) -> Coder:
-        return self._of_difference("sub", np.subtract, np.add)
-
-    def _of_difference(self, suffix: str, take: Any, undo: Any) -> Coder:
         def encode(column: Column) -> Any:
             dtype = _words(column, "i")
             return self.compress(take(column.new.view(dtype), column.old.view(dtype)))
 
         def decode(payload: Any, column: Column, out: Bytes) -> Bytes:
-            dtype = _words(column, "i")
-            decoded = self.decompress(payload, out.view(dtype))
-            undo(np.frombuffer(decoded, dtype), column.old.view(dtype), out=out.view(dtype))
+            words = out.view(_words(column, "i"))
+            decoded = np.frombuffer(self.decompress(payload, words), words.dtype)
+            undo(decoded, column.old.view(words.dtype), out=words)
             return out
 
-        return Coder(f"{self.name} {suffix}", encode, decode)
+        return _each(f"{self.name} {difference}", encode, decode)
 
 
-def _words(column: Column, kind: str = "u") -> str:
+_DIFFERENCES: dict[str, tuple[Any, Any]] = {
+    "xor": (np.bitwise_xor, np.bitwise_xor),
+    "sub": (np.subtract, np.add),
+}
+
+
+def _words(column: Column, kind: str) -> str:
     return f"<{kind}{column.dtype.itemsize}"
 
 
@@ -86,6 +98,7 @@ def zstd() -> Library:
         "zstd-1",
         lambda words: coder.compress(words),
         lambda payload, out: decoder.decompress(payload),
+        differences=("xor", "sub"),
     )
 
 
@@ -132,7 +145,7 @@ def pcodec() -> Library:
         module.standalone.simple_decompress_into(payload, _numbers(out))
         return out
 
-    return Library("pcodec-8", compress, decompress)
+    return Library("pcodec-8", compress, decompress, differences=("sub",))
 
 
 def _numbers(words: Words) -> Words:

@@ -253,9 +253,8 @@ def _gc_flags(values: flags.FlagValues) -> None:
 
 def _stats_flags(values: flags.FlagValues) -> None:
     _step_flag(values)
-    flags.DEFINE_string(
-        "plot", None, "draw the steps to this PNG (or PDF, SVG)", flag_values=values
-    )
+    help = "draw bytes by codec, times and window shares of the steps to this PNG (or PDF, SVG)"
+    flags.DEFINE_string("plot", None, help, flag_values=values)
     help = "write what happened when to this JSON file, for Perfetto or chrome://tracing"
     flags.DEFINE_string("trace", None, help, flag_values=values)
 
@@ -317,7 +316,7 @@ COMMANDS = {
         Command(
             "stats",
             "URL",
-            "Show what each checkpoint cost, and which codec the policy chose why.",
+            "Show what each checkpoint cost, and what which codec made of which leaves, and why.",
             range(1, 2),
             _stats_flags,
             _stats,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ _NAMES = {
     _FLUSH: "pack on its way to the store",
     _COMMIT: "commit",
 }
+_CODECS = {
+    "raw": "0.7",
+    "zstd": "#F0E442",
+    "plane": "#56B4E9",
+    "delta": "#0072B2",
+    "replay": "#009E73",
+}
+_LOSSY_CODECS = ("#D55E00", "#E69F00", "#CC79A7")
 _CHARACTER_WIDTH = 0.0062  # of the picture's width
 _MERGE_GAP_S = 0.0005
 
@@ -252,7 +261,7 @@ def _legend(figure: Any, plt: Any, first_step: int, last_step: int) -> None:
 
 
 def plot_run(steps: Sequence[StepCosts], path: str | os.PathLike[str]) -> None:
-    """Draw what each checkpoint of a run cost: bytes, stall, time until durable, bytes in windows.
+    """Draw what each checkpoint cost: bytes by codec, stall, time until durable, bytes in windows.
 
     Args:
         steps: of `asymcheck.inspection.costs.run_costs`; those with a problem are left out.
@@ -267,12 +276,14 @@ def plot_run(steps: Sequence[StepCosts], path: str | os.PathLike[str]) -> None:
     numbers = [step.step for step in steps]
     figure, axes = plt.subplots(3, 1, sharex=True, figsize=(10, 8), layout="constrained")
     _plot_bytes(axes[0], steps)
-    axes[1].plot(numbers, [s.durable_after_s * 1e3 for s in steps], "o-", color=_FLUSH, ms=4)
-    axes[1].plot(numbers, [s.stall_s * 1e3 for s in steps], "s-", color=_STALL, ms=4)
+    durable_ms = [step.durable_after_s * 1e3 for step in steps]
+    stall_ms = [step.stall_s * 1e3 for step in steps]
+    axes[1].plot(numbers, durable_ms, "o-", color=_FLUSH, ms=4, label="until durable")
+    axes[1].plot(numbers, stall_ms, "s-", color=_STALL, ms=4, label="training waits")
     axes[1].set_yscale("symlog", linthresh=0.1)
     axes[1].set_ylim(bottom=0)
     axes[1].set_ylabel("time [ms]")
-    _legend_above(axes[1], ["until durable", "training waits"])
+    _legend_above(axes[1])
     axes[2].plot(
         numbers,
         [100 * s.in_window_nbytes / max(s.raw_nbytes, 1) for s in steps],
@@ -293,27 +304,41 @@ def plot_run(steps: Sequence[StepCosts], path: str | os.PathLike[str]) -> None:
 
 
 def _plot_bytes(axis: Any, steps: Sequence[StepCosts]) -> None:
-    numbers = [step.step for step in steps]
+    """A bar for each step, stacked by codec; a mark on top of bases, a line at the raw size."""
     scale, unit = _unit(max((step.raw_nbytes for step in steps), default=0))
-    axis.plot(numbers, [s.raw_nbytes / scale for s in steps], "-", color="0.4")
-    for kind, color, marker in (("base", _BACKWARD, "s"), ("increment", _FORWARD, "o")):
-        chosen = [s for s in steps if s.kind.startswith(kind)]
-        axis.vlines([s.step for s in chosen], 0, [s.stored_nbytes / scale for s in chosen], color)
-        axis.plot(
-            [s.step for s in chosen],
-            [s.stored_nbytes / scale for s in chosen],
-            marker,
-            color=color,
-            ms=5,
-        )
+    numbers = [step.step for step in steps]
+    width = _bar_width(numbers)
+    axis.plot(
+        numbers, [s.raw_nbytes / scale for s in steps], ".-", color="0.3", label="size of the state"
+    )
+    tops = [0.0] * len(steps)
+    for codec, color in _codec_colors(steps):
+        heights = [step.stored_nbytes_by_codec.get(codec, 0) / scale for step in steps]
+        axis.bar(numbers, heights, width, tops, color=color, label=codec)
+        tops = [top + height for top, height in zip(tops, heights, strict=True)]
+    bases = [i for i, step in enumerate(steps) if step.kind == "base"]
+    axis.plot([numbers[i] for i in bases], [tops[i] for i in bases], "kv", ms=5, label="base")
     axis.set_ylim(bottom=0)
-    axis.set_ylabel(f"bytes [{unit}]")
-    _legend_above(axis, ["raw", "stored, base", "stored, increment"])
+    axis.set_ylabel(f"stored [{unit}]")
+    _legend_above(axis)
 
 
-def _legend_above(axis: Any, names: Sequence[str]) -> None:
+def _bar_width(numbers: Sequence[int]) -> float:
+    """That of bars which touch nowhere."""
+    return 0.8 * min((b - a for a, b in pairwise(numbers)), default=1)
+
+
+def _codec_colors(steps: Sequence[StepCosts]) -> list[tuple[str, str]]:
+    """The codecs that are there, the same order and colours in every picture if lossless."""
+    found = {codec for step in steps for codec in step.stored_nbytes_by_codec}
+    lossy = zip(sorted(found - _CODECS.keys()), cycle(_LOSSY_CODECS))
+    return [(codec, color) for codec, color in _CODECS.items() if codec in found] + [*lossy]
+
+
+def _legend_above(axis: Any) -> None:
+    handles, names = axis.get_legend_handles_labels()
     axis.legend(
-        axis.get_lines(),
+        handles,
         names,
         loc="lower right",
         bbox_to_anchor=(1, 1),

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -458,19 +460,64 @@ def test_gc_in_a_store_that_is_not_local(call: Call) -> None:
 # -- stats -------------------------------------------------------------------------------------
 
 
-def test_stats(call: Call, shared_run: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "run.png"
-    code, out, _ = call("stats", shared_run, f"--plot={picture}")
+def test_stats(call: Call, shared_run: Path) -> None:
+    code, out, _ = call("stats", shared_run)
     assert code == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"^delta +params +float32 +2 .*always delta$", out, re.MULTILINE)
+    assert re.search(r"^delta +params +float32 +16.5 KiB .* % +2  always delta$", out, re.MULTILINE)
     code, out, _ = call("stats", shared_run, "--step=20", "--json")
     costs = json.loads(out)
     assert [s["step"] for s in costs["steps"]] == [20]
     assert costs["steps"][0]["durable_after_s"] > 0
-    decided = {(d["codec"], d["kind"], d["dtype"]): d for d in costs["decisions"]}
-    assert decided["delta", "params", "float32"]["raw_nbytes"] == 64 * 33 * 4
-    assert decided["delta", "params", "float32"]["reasons"] == ["always delta"]
+    coded = {(c["codec"], c["kind"], c["dtype"]): c for c in costs["codings"]}
+    assert coded["delta", "params", "float32"]["raw_nbytes"] == 64 * 33 * 4
+    assert coded["delta", "params", "float32"]["decisions"] == 1
+    assert coded["delta", "params", "float32"]["reasons"] == ["always delta"]
+
+
+def test_stats_count_the_bytes_of_the_packs(call: Call, shared_run: Path) -> None:
+    costs = json.loads(call("stats", shared_run, "--json")[1])
+    on_disk = {step: sum(path.stat().st_size for path in packs(shared_run, step)) for step in STEPS}
+    for step in costs["steps"]:
+        assert sum(step["stored_nbytes_by_codec"].values()) == on_disk[step["step"]]
+    assert sum(c["stored_nbytes"] for c in costs["codings"]) == sum(on_disk.values())
+    assert sum(c["raw_nbytes"] for c in costs["codings"]) == RAW_NBYTES * len(STEPS)
+    assert costs["steps"][0]["stored_nbytes_by_codec"].keys() == {"plane", "raw"}
+    assert costs["steps"][1]["stored_nbytes_by_codec"].keys() == {"delta", "raw"}
+
+
+def test_stats_agree_with_the_leaves(call: Call, shared_run: Path) -> None:
+    costs = json.loads(call("stats", shared_run, "--step=30", "--json")[1])
+    leaves = json.loads(call("show", shared_run, "--step=30", "--json")[1])["leaves"]
+    raw: Counter[tuple[str, str]] = Counter()
+    stored: Counter[tuple[str, str]] = Counter()
+    for leaf in leaves:
+        place = leaf["path"].split("/")[0], leaf["dtype"]
+        raw[place] += leaf["raw_nbytes"]
+        stored[place] += leaf["stored_nbytes"]
+    for coding in costs["codings"]:
+        place = coding["kind"], coding["dtype"]
+        raw[place] -= coding["raw_nbytes"]
+        stored[place] -= coding["stored_nbytes"]
+    assert not any(raw.values()) and not any(stored.values())
+
+
+def test_stats_of_blocks_that_no_codec_made_smaller(call: Call, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, 5000, np.uint8)
+    strategy = asymcheck.AsymCheck(policy=asymcheck.Always("zstd"))
+    with asymcheck.Checkpointer(tmp_path, strategy=strategy) as checkpointer:
+        checkpointer.save(1, {"noise": noise})
+    codings = json.loads(call("stats", tmp_path, "--json")[1])["codings"]
+    found = {c["codec"]: (c["raw_nbytes"], c["stored_nbytes"], c["decisions"]) for c in codings}
+    assert found == {"raw": (5000, 5000, 0), "zstd": (0, 0, 1)}
+    assert "not made smaller by a codec" in call("stats", tmp_path)[1]
+
+
+def test_stats_draws_the_run(call: Call, shared_run: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "run.png"
+    assert call("stats", shared_run, f"--plot={picture}")[0] == 0
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert struct.unpack(">II", data[16:24]) == (1500, 1200)  # pixels
 
 
 def test_stats_of_a_damaged_step(call: Call, run: Path) -> None:

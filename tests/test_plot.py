@@ -111,21 +111,58 @@ def test_timeline_of_no_duration(tmp_path: Path) -> None:
 
 
 COSTS = [
-    StepCosts(1, "base", 8 * MIB, 6 * MIB, 0.01, 4 * MIB, 0.5),
-    StepCosts(2, "increment 1", 8 * MIB, 2 * MIB, 0.0, 8 * MIB, 0.2),
-    StepCosts(3, "damaged", problem="gone"),
+    StepCosts(10, "base", 8 * MIB, 6 * MIB, 0.01, 4 * MIB, 0.5, {"plane": 5 * MIB, "raw": MIB}),
+    StepCosts(12, "increment 1", 8 * MIB, 2 * MIB, 0.0, 8 * MIB, 0.2, {"delta": 2 * MIB}),
+    StepCosts(13, "damaged", problem="gone"),
+    StepCosts(15, "base", 8 * MIB, 4 * MIB, 0.0, 8 * MIB, 0.2, {"topk": MIB, "plane": 3 * MIB}),
 ]
 
 
 def test_run(drawn: list[Any], tmp_path: Path) -> None:
     plot_run(COSTS, tmp_path / "x.png")
     amounts, times, moved = drawn[0].axes
-    assert amounts.get_ylabel() == "bytes [MiB]"
-    raw, base, increment = (line.get_xydata().tolist() for line in amounts.get_lines())
-    assert (raw, base, increment) == ([[1, 8], [2, 8]], [[1, 6]], [[2, 2]])
+    assert amounts.get_ylabel() == "stored [MiB]"
+    raw, bases = (line.get_xydata().tolist() for line in amounts.get_lines())
+    assert (raw, bases) == ([[10, 8], [12, 8], [15, 8]], [[10, 6], [15, 4]])
     durable, stall = (line.get_ydata().tolist() for line in times.get_lines())
-    assert (durable, stall) == ([500, 200], [10, 0])
-    assert moved.get_lines()[0].get_ydata().tolist() == [50, 100]
+    assert (durable, stall) == ([500, 200, 200], [10, 0, 0])
+    assert moved.get_lines()[0].get_ydata().tolist() == [50, 100, 100]
+
+
+def test_bytes_of_a_run_are_stacked_by_codec(drawn: list[Any], tmp_path: Path) -> None:
+    plot_run(COSTS, tmp_path / "x.png")
+    amounts = drawn[0].axes[0]
+    stacks = {
+        bars.get_label(): [(bar.get_y(), bar.get_height()) for bar in bars]
+        for bars in amounts.containers
+    }
+    assert stacks == {
+        "raw": [(0, 1), (0, 0), (0, 0)],
+        "plane": [(1, 5), (0, 0), (0, 3)],
+        "delta": [(6, 0), (0, 2), (3, 0)],
+        "topk": [(6, 0), (2, 0), (3, 1)],
+    }
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in amounts.containers[0]]
+    assert middles == pytest.approx([10, 12, 15])
+    assert all(bar.get_width() < 2 for bars in amounts.containers for bar in bars)
+    assert len({bars[0].get_facecolor() for bars in amounts.containers}) == 4
+    names = [text.get_text() for text in amounts.get_legend().get_texts()]
+    assert names == ["size of the state", "base", *stacks]
+
+
+def test_colours_of_lossless_codecs_are_the_same_in_every_picture(
+    drawn: list[Any], tmp_path: Path
+) -> None:
+    for steps in (COSTS, COSTS[-1:]):
+        plot_run(steps, tmp_path / "x.png")
+    plane = [
+        bars[0].get_facecolor()
+        for figure in drawn
+        for bars in figure.axes[0].containers
+        if bars.get_label() == "plane"
+    ]
+    assert len(plane) == 2
+    assert plane[0] == plane[1]
 
 
 @pytest.mark.parametrize("steps", [COSTS, COSTS[:1], []])

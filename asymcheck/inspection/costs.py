@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -14,11 +14,14 @@ from asymcheck.inspection.listing import StepSummary, kind_of, summarise
 from asymcheck.inspection.progress import Progress, steps
 from asymcheck.inspection.text import duration, ratio, size, table
 from asymcheck.inspection.timeline import TraceSummary, summarise_traces
-from asymcheck.manifest import Manifest
+from asymcheck.manifest import Manifest, leaf_specs
 from asymcheck.stores.base import Store
 from asymcheck.traces import StoredTrace
 
 _REASONS = 3
+
+_Class = tuple[str, str, str]
+"""Codec, kind, dtype."""
 
 
 class _Decision(msgspec.Struct):
@@ -44,7 +47,8 @@ class StepCosts:
 
     Of several writers: the longest stall and time until durable, the sum of all bytes.
     `in_window_nbytes` were copied in windows of the passes, the others at the barrier before
-    the update. `problem` says why the figures are missing.
+    the update. `stored_nbytes_by_codec` is what the codecs made of it, in all `stored_nbytes`.
+    `problem` says why the figures are missing.
     """
 
     step: int
@@ -54,31 +58,38 @@ class StepCosts:
     stall_s: float = 0.0
     in_window_nbytes: int = 0
     durable_after_s: float = 0.0
+    stored_nbytes_by_codec: dict[str, int] = field(default_factory=dict[str, int])
     problem: str | None = None
 
 
 @dataclass(frozen=True)
-class DecisionSummary:
-    """The partitions whose leaves of one kind and dtype a codec got, and the commonest reasons."""
+class CodingSummary:
+    """What a codec made of leaves of one kind and dtype, and why the policy chose it.
+
+    `raw_nbytes` and `stored_nbytes` are of the blocks that the codec coded. The policy decided
+    for it `decisions` times; `reasons` are the commonest ones. A block that a codec does not make
+    smaller is stored raw, so that blocks may be without a decision and the other way round.
+    """
 
     codec: str
     kind: str
     dtype: str
-    decisions: int
     raw_nbytes: int
+    stored_nbytes: int
+    decisions: int
     reasons: list[str]
 
 
 @dataclass(frozen=True)
 class RunCosts:
-    """All steps asked for, ascending, the decisions of all of them together, and the trace's sums.
+    """All steps asked for, ascending, the codings of all of them together, and the trace's sums.
 
     `trace` is None if the run has kept none.
     """
 
     url: str
     steps: list[StepCosts]
-    decisions: list[DecisionSummary]
+    codings: list[CodingSummary]
     trace: TraceSummary | None
 
     @property
@@ -93,14 +104,66 @@ class RunCosts:
         for step in self.steps:
             if step.problem is not None:
                 yield f"step {step.step}: {step.problem}"
-        if self.decisions:
+        if self.codings:
             yield ""
-        heads = ("CODEC", "KIND", "DTYPE", "DECISIONS", "RAW", "REASON")
-        rows = [_decision_row(decision) for decision in self.decisions]
+        heads = ("CODEC", "KIND", "DTYPE", "RAW", "STORED", "RATIO", "DECISIONS", "REASON")
+        rows = [_coding_row(coding) for coding in self.codings]
         yield from table(heads, rows, "CODEC KIND DTYPE REASON")
         if self.trace is not None:
             yield ""
             yield from self.trace.text()
+
+
+class _Tally:
+    """Bytes, and reasons of decisions, by (codec, kind, dtype)."""
+
+    def __init__(self) -> None:
+        self._raw_nbytes: Counter[_Class] = Counter()
+        self._stored_nbytes: Counter[_Class] = Counter()
+        self._reasons: defaultdict[_Class, Counter[str]] = defaultdict(Counter)
+
+    def add_blocks(self, manifest: Manifest) -> None:
+        specs = leaf_specs(manifest)
+        of_shard = [specs[shard.leaf] for shard in manifest.shards]
+        blocks = manifest.blocks
+        for shard, codec, count, nbytes in zip(
+            blocks.shard, blocks.codec, blocks.count, blocks.nbytes, strict=True
+        ):
+            spec = of_shard[shard]
+            place = manifest.codecs[codec].id, spec.kind, spec.dtype
+            self._raw_nbytes[place] += count * spec.itemsize
+            self._stored_nbytes[place] += nbytes
+
+    def add_decisions(self, decisions: Iterable[_Decision]) -> None:
+        for decision in decisions:
+            self._reasons[decision.codec, decision.kind, decision.dtype][decision.reason] += 1
+
+    def update(self, other: _Tally) -> None:
+        self._raw_nbytes.update(other._raw_nbytes)
+        self._stored_nbytes.update(other._stored_nbytes)
+        for place, reasons in other._reasons.items():
+            self._reasons[place].update(reasons)
+
+    def stored_nbytes_by_codec(self) -> dict[str, int]:
+        by_codec: Counter[str] = Counter()
+        for (codec, _, _), nbytes in self._stored_nbytes.items():
+            by_codec[codec] += nbytes
+        return dict(sorted(by_codec.items()))
+
+    def summaries(self) -> list[CodingSummary]:
+        """Those with the most raw bytes first."""
+        found = [self._summary(place) for place in self._raw_nbytes.keys() | self._reasons.keys()]
+        return sorted(found, key=lambda s: (-s.raw_nbytes, s.codec, s.kind, s.dtype))
+
+    def _summary(self, place: _Class) -> CodingSummary:
+        reasons = self._reasons.get(place, Counter[str]())
+        return CodingSummary(
+            *place,
+            raw_nbytes=self._raw_nbytes[place],
+            stored_nbytes=self._stored_nbytes[place],
+            decisions=reasons.total(),
+            reasons=[reason for reason, _ in reasons.most_common(_REASONS)],
+        )
 
 
 def run_costs(
@@ -116,32 +179,35 @@ def run_costs(
         StoreError: the store cannot be read.
     """
     costs: list[StepCosts] = []
-    decisions: list[_Decision] = []
+    total = _Tally()
     wanted = committed_steps(store) if only_step is None else [only_step]
     with Progress("reading records", len(wanted), progress, steps) as done:
         for step in wanted:
             try:
-                found, made = _read(store, step)
+                found, tally = _read(store, step)
             except CheckpointNotFoundError:
                 if only_step is not None:
                     raise
                 continue  # removed since the steps were listed
             costs.append(found)
-            decisions += made
+            total.update(tally)
             done.add(1)
     trace = summarise_traces(traces, only_step)
-    return RunCosts(store.url, costs, _summaries(decisions), trace)
+    return RunCosts(store.url, costs, total.summaries(), trace)
 
 
-def _read(store: Store, step: int) -> tuple[StepCosts, list[_Decision]]:
+def _read(store: Store, step: int) -> tuple[StepCosts, _Tally]:
+    tally = _Tally()
     try:
         record, _ = read_commit(store, step)
         manifests = read_manifests(store, record)
         parts = [_stats(manifest) for manifest in manifests]
     except (CorruptionError, FormatError) as error:
-        return StepCosts(step, "damaged", problem=str(error)), []
-    costs = _costs(summarise(record, manifests, 0), parts)
-    return costs, [decision for part in parts for decision in part.decisions]
+        return StepCosts(step, "damaged", problem=str(error)), tally
+    for manifest, part in zip(manifests, parts, strict=True):
+        tally.add_blocks(manifest)
+        tally.add_decisions(part.decisions)
+    return _costs(summarise(record, manifests, 0), parts, tally), tally
 
 
 def _stats(manifest: Manifest) -> _WriterStats:
@@ -151,7 +217,7 @@ def _stats(manifest: Manifest) -> _WriterStats:
         raise FormatError(f"the statistics cannot be read: {error}", step=manifest.step) from error
 
 
-def _costs(summary: StepSummary, parts: Sequence[_WriterStats]) -> StepCosts:
+def _costs(summary: StepSummary, parts: Sequence[_WriterStats], tally: _Tally) -> StepCosts:
     return StepCosts(
         summary.step,
         kind_of(summary),
@@ -160,23 +226,8 @@ def _costs(summary: StepSummary, parts: Sequence[_WriterStats]) -> StepCosts:
         max(part.stall_s for part in parts),
         sum(part.in_window_nbytes for part in parts),
         max(part.durable_after_s for part in parts),
+        tally.stored_nbytes_by_codec(),
     )
-
-
-def _summaries(decisions: Iterable[_Decision]) -> list[DecisionSummary]:
-    classes: dict[tuple[str, str, str], list[_Decision]] = defaultdict(list)
-    for decision in decisions:
-        classes[decision.codec, decision.kind, decision.dtype].append(decision)
-    summaries = [
-        DecisionSummary(
-            *place,
-            decisions=len(made),
-            raw_nbytes=sum(decision.nbytes for decision in made),
-            reasons=[r for r, _ in Counter(d.reason for d in made).most_common(_REASONS)],
-        )
-        for place, made in classes.items()
-    ]
-    return sorted(summaries, key=lambda s: (-s.raw_nbytes, s.codec, s.kind, s.dtype))
 
 
 def _row(step: StepCosts) -> tuple[str, ...]:
@@ -192,12 +243,20 @@ def _row(step: StepCosts) -> tuple[str, ...]:
     )
 
 
-def _decision_row(decision: DecisionSummary) -> tuple[str, ...]:
+def _coding_row(coding: CodingSummary) -> tuple[str, ...]:
     return (
-        decision.codec,
-        decision.kind,
-        decision.dtype,
-        str(decision.decisions),
-        size(decision.raw_nbytes),
-        decision.reasons[0],
+        coding.codec,
+        coding.kind,
+        coding.dtype,
+        size(coding.raw_nbytes),
+        size(coding.stored_nbytes),
+        ratio(coding.stored_nbytes, coding.raw_nbytes),
+        str(coding.decisions),
+        _reason(coding),
     )
+
+
+def _reason(coding: CodingSummary) -> str:
+    if coding.reasons:
+        return coding.reasons[0]
+    return "not made smaller by a codec" if coding.codec == "raw" else "-"

@@ -38,8 +38,11 @@ from torch import nn
 
 import asymcheck_torch
 from asymcheck.errors import AsymCheckError
+from asymcheck.policy import Always
+from asymcheck.strategies import AsymCheck
 
 STOP, TOTAL = 3, 5
+REPLAY = AsymCheck(policy=Always("replay"))
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Setting:
     width: int = WIDTH
     zero_init: bool = False
     overflow: bool = False  # the second update has infinite gradients
+    replay: bool = False  # increments replay the optimizer
     zero: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -263,7 +267,8 @@ def save_and_go_on(rank: int, url: str, setting: Setting) -> Any:
     """Train with checkpoints to STOP, then without to TOTAL; state at both, and the losses."""
     with engine_of(setting) as engine:
         torch.manual_seed(100 + rank)
-        with asymcheck_torch.attach(engine, url=url, max_to_keep=None) as ckpt:
+        options: dict[str, Any] = {"strategy": REPLAY} if setting.replay else {}
+        with asymcheck_torch.attach(engine, url=url, max_to_keep=None, **options) as ckpt:
             train(engine, 1)
             if setting.overflow:
                 train(engine, 1, spoil=math.inf)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -77,7 +78,11 @@ OTHER = {
         1, "bf16", groups=True, accumulate=2, more={"data_types": {"grad_accum_dtype": "fp32"}}
     ),
 }
-SETTINGS = PLAIN | OPTIONS | OVERFLOWS | OTHER
+REPLAYED = {
+    f"replay-{stage}": Setting(stage, "bf16", groups=True, clip=0.5, width=200, replay=True)
+    for stage in (1, 2, 3)
+}
+SETTINGS = PLAIN | OPTIONS | OVERFLOWS | OTHER | REPLAYED
 WARM = 2  # updates of something else before restoring
 
 
@@ -123,6 +128,16 @@ def test_resume_is_bit_identical(saved, resumed, name, warm):
         assert differences(at_start, at_stop) == []
         assert differences(end, at_end) == []
         assert losses_again == losses
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_increments_of_engines_replay_the_optimizer(runs, saved, name):
+    with closing(open_store(runs / name)) as store:
+        blocks = [b for b in load_index(store, STOP).blocks() if b.codec.id == "replay"]
+    assert {block.box.leaf.kind for block in blocks} == {"params", "exp_avg", "exp_avg_sq"}
+    raw = sum(block.nbytes for block in blocks)
+    assert raw > 3 * 4 * 3 * 0.8 * 200 * 200  # of three layers nearly everything
+    assert sum(block.block.nbytes for block in blocks) < 0.16 * raw
 
 
 @pytest.mark.parametrize("name", OVERFLOWS)

@@ -68,6 +68,8 @@ class Partitioned:
         self._trained = list(_named(module, masters))
         self._scalars: dict[tuple[int, str], torch.Tensor] = {}
         self._live: tuple[list[Any], Live] | None = None
+        # By the number of the flat tensor: DeepSpeed shows an optimizer one group at a time.
+        self._stepped_with: dict[int, dict[str, Any]] = {}
 
     def weights(self) -> Partitioned:
         """See `Trained`."""
@@ -75,11 +77,12 @@ class Partitioned:
 
     def updates(self, step: int) -> dict[str, Update]:
         """See `Trained`."""
-        optimizer, updates = self._masters.optimizer, list[Update | None]()
-        for flat, number in enumerate(self._masters.groups):
-            group, state = optimizer.param_groups[number], self._state(flat)
-            updates.append(update_of(optimizer, 0, group, step_of(state, step)) if state else None)
-        found = ((each.name, updates[each.flat]) for each in self._trained)
+        optimizer = self._masters.optimizer
+        updates = {
+            flat: update_of(optimizer, 0, options, step_of(self._state(flat), step))
+            for flat, options in self._stepped_with.items()
+        }
+        found = ((each.name, updates.get(each.flat)) for each in self._trained)
         return {name: update for name, update in found if update is not None}
 
     def masters(self) -> dict[str, str]:
@@ -327,10 +330,15 @@ class Partitioned:
         self, before: Callable[[], None], after: Callable[[], None]
     ) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """The optimizer steps the flat tensors one after the other, or all at once."""
-        last = self._masters.flats[-1]
+        numbers = {id(flat): number for number, flat in enumerate(self._masters.flats)}
+        last = len(numbers) - 1
 
         def after_step(optimizer: Optimizer, *_: Any) -> None:
-            if any(p is last for group in optimizer.param_groups for p in group["params"]):
+            stepped = {numbers[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
+            if 0 in stepped:
+                self._stepped_with.clear()
+            self._stepped_with.update({flat: dict(group) for flat, group in stepped.items()})
+            if last in stepped:
                 after()
 
         yield self._masters.optimizer.register_step_pre_hook(lambda *_: before())

@@ -9,9 +9,9 @@ are kept at a step k and 1, 10 and 100 steps later, and coded in blocks of 2^20 
 kind by every coder with and without the state at k as predecessor, and the whole state by ours
 (`replay` codes the leaves of a parameter jointly). Everything decoded is compared bit by bit.
 
-Speeds are GB (1e9 bytes) of raw state a second of processor time, of one thread, medians over
-rounds in which all coders take turns. The chain's is that of the library's own reader, digests and
-reads from the page cache included: (seconds for the last step - seconds for the base) / increments.
+Speeds are GB (1e9 bytes) of raw state a second of processor time, of one thread, block by block,
+medians over rounds in which all coders take turns. The chain's is that of the library's own reader,
+digests and reads included: (seconds for the last step - seconds for the base) / increments.
 
 zipnn, blosc2 and pcodec are measured if installed (pip install zipnn blosc2 pcodec).
 """
@@ -25,9 +25,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -138,49 +138,38 @@ def groups_of(kinds: Sequence[str], new: State, old: State | None) -> list[tuple
     return list(zip(*map(columns, kinds), strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turn:
     """What a coder made of groups of columns."""
 
-    encode_s: float
-    decode_s: float
-    stored_nbytes: Counter[str]
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    stored_nbytes: Counter[str] = field(default_factory=Counter)
 
-
-def code(coder: Coder, groups: Sequence[Sequence[Column]], outs: Sequence[Any]) -> Turn:
-    """Encode, decode to `outs`, compare."""
-    for out in itertools.chain(*outs):
-        out.fill(0)
-    payloads: list[Sequence[Any]] = []
-    decoded: list[Sequence[Any]] = []
-    encode_s = seconds(lambda: payloads.extend(map(coder.encode, groups)))
-    decode_s = seconds(lambda: decoded.extend(map(coder.decode, payloads, groups, outs)))
-    stored_nbytes: Counter[str] = Counter()
-    columns = itertools.chain(*groups)
-    for column, payload, data in zip(
-        columns, itertools.chain(*payloads), itertools.chain(*decoded), strict=True
-    ):
-        stored_nbytes[column.kind] += memoryview(payload).nbytes
-        check(column.new, np.frombuffer(data, np.uint8), coder.name)
-    return Turn(encode_s, decode_s, stored_nbytes)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Of processor time."""
-    begun_s = time.process_time()
-    work()
-    return time.process_time() - begun_s
+    def add(self, coder: Coder, columns: Sequence[Column]) -> None:
+        """Encode, decode, compare; nothing is kept, so that memory is used again."""
+        outs = [np.full_like(column.new, 0) for column in columns]  # their pages are there then
+        begun_s = time.process_time()
+        payloads = coder.encode(columns)
+        encoded_s = time.process_time()
+        decoded = coder.decode(payloads, columns, outs)
+        self.decode_s += time.process_time() - encoded_s
+        self.encode_s += encoded_s - begun_s
+        for column, payload, data in zip(columns, payloads, decoded, strict=True):
+            self.stored_nbytes[column.kind] += memoryview(payload).nbytes
+            check(column.new, np.frombuffer(data, np.uint8), coder.name)
 
 
 def measure(
     coders: Sequence[Coder], groups: Sequence[Sequence[Column]], repeats: int
 ) -> dict[str, dict[str, Any]]:
     """By the coder's name: ratios and speeds."""
-    outs = [[np.empty_like(column.new) for column in group] for group in groups]
     turns: dict[str, list[Turn]] = {coder.name: [] for coder in coders}
-    for _ in range(1 + repeats):
+    for _ in range(1 + repeats):  # the first is not timed
         for coder in coders:
-            turns[coder.name].append(code(coder, groups, outs))
+            turns[coder.name].append(Turn())
+            for group in groups:
+                turns[coder.name][-1].add(coder, group)
     raw_nbytes: Counter[str] = Counter()
     for column in itertools.chain(*groups):
         raw_nbytes[column.kind] += column.new.nbytes
@@ -227,11 +216,13 @@ def save_chain(root: str, codec: str, run: Run, first: int, increments: int) -> 
 
 def read_seconds(root: str, step: int, run: Run) -> float:
     state = {f"{kind}/w": array for kind, array in run.states[step].items()}
-    outs = {path: np.zeros_like(array) for path, array in state.items()}
+    outs = {path: np.full_like(array, 0) for path, array in state.items()}
     with closing(open_store(root)) as store:
         checkpoint = open_step(store, step, threads=1)
         targets = [whole(path, out) for path, out in outs.items()]
-        found_s = seconds(lambda: checkpoint.read_into(targets))
+        begun_s = time.process_time()
+        checkpoint.read_into(targets)
+        found_s = time.process_time() - begun_s
     for path, array in state.items():
         check(array.view(np.uint8), outs[path].view(np.uint8), f"step {step}")
     return found_s

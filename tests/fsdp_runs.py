@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
@@ -179,6 +180,49 @@ def resume_after_evaluation(rank: int, url: str, kind: str) -> Any:
         assert ckpt.restore() == STOP
         losses = train(run, TOTAL - STOP)
     return snapshot(run), losses
+
+
+def restore_or_say(rank: int, url: str, kind: str, step: int | None) -> Any:
+    """The step that is restored and the state then, or the error."""
+    run = build(kind, seed=8)
+    with asymcheck_torch.attach(*run, url=url, every_steps=1000) as ckpt:
+        try:
+            return ckpt.restore(step), snapshot(run)
+        except AsymCheckError as error:
+            return type(error).__name__, str(error)
+
+
+def resume_amid_accumulation(rank: int, url: str, kind: str, reduced: bool) -> Any:
+    """As `resume`, when a backward pass has left gradients, reduced or not yet."""
+    run = build(kind, seed=8)
+    torch.manual_seed(200 + rank)
+    with asymcheck_torch.attach(*run, url=url, every_steps=1000) as ckpt:
+        train(run, 1)
+        run[0].train()
+        if isinstance(run[0], FSDPModule):
+            run[0].set_requires_gradient_sync(reduced)
+        (loss_of(run[0], random_tokens()) * 3).backward()
+        if isinstance(run[0], FSDPModule):
+            run[0].set_requires_gradient_sync(True)
+        assert ckpt.restore() == STOP
+        losses = train(run, TOTAL - STOP)
+    return snapshot(run), losses
+
+
+def train_what_was_sharded_too_late(rank: int, url: str) -> str:
+    """What training says whose optimizer has the parameters of before they were sharded."""
+    model = seed_and_build()
+    optimizer = torch.optim.AdamW(parameters_of(model, False), lr=1e-2)
+    fully_shard(model)
+    try:
+        with asymcheck_torch.attach(model, optimizer, url=url) as ckpt:
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            ckpt.save_now()
+    except AsymCheckError as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("saved")
 
 
 def restore_what_does_not_fit(rank: int, url: str, options: dict[str, Any]) -> Any:

@@ -46,7 +46,6 @@ SETTINGS = STAGES | {
     "offload-2": Setting(2, zero=_OFFLOADED),
     "bf16": Setting(0, "bf16"),
 }
-SAVERS = 2
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +106,13 @@ def test_all_ranks_fall_back_when_one_finds_damage(runs, damaged, name):
     expected = asymcheck_torch.load(str(runs / name), STEPS - 1)["params"]
     for step, state in damaged[name, None]:
         assert step == STEPS - 1
-        for parameter, tensor in expected.items():
-            assert raw(state[f"params/{parameter}"]) == raw(tensor)
-            assert raw(state[f"model/{parameter}"]) == raw(tensor), "what the ranks compute with"
+        names = [path.removeprefix("params/") for path in state if path.startswith("params/")]
+        assert len(names) > 10
+        for parameter in names:
+            assert raw(state[f"params/{parameter}"]) == raw(expected[parameter])
+            assert raw(state[f"model/{parameter}"]) == raw(expected[parameter]), (
+                "what ranks compute with"
+            )
 
 
 @pytest.mark.parametrize("name", DAMAGED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from contextlib import contextmanager
 
@@ -222,6 +223,49 @@ def test_restore_right_after_an_evaluation(folder, saved):
     for (_, at_end, losses), (end, losses_again) in zip(saved["fsdp"], found, strict=True):
         assert differences(end, at_end) == []
         assert losses_again == losses
+
+
+STALE = [("fsdp", True), ("fsdp", False), ("low", False), ("whole", False), ("ddp", True)]
+
+
+def test_gradients_from_before_restoring_do_not_count(folder, saved):
+    runs = {(kind, reduced): (str(folder / kind), kind, reduced) for kind, reduced in STALE}
+    found = start(of_all, folder / "stale", fsdp_runs.resume_amid_accumulation, runs)
+    for (kind, reduced), ranks in _by_name(found).items():
+        for (_, at_end, losses), (end, losses_again) in zip(saved[kind], ranks, strict=True):
+            expected = _with_buffers_of_rank_0(kind, at_end, saved) if kind == "ddp" else at_end
+            end = end | {"buffers/seen": expected["buffers/seen"]}
+            assert differences(end, expected) == [], (kind, reduced)
+            assert losses_again == losses
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_all_ranks_fall_back_when_one_finds_damage(folder, saved, kind):
+    """Bytes of rank 1's packs of the last step are not what they were."""
+    run = folder / f"{kind}-damaged"
+    shutil.copytree(folder / kind, run)
+    packs = list(run.glob(f"data/{STOP:016}-*/w00001-*.pack"))
+    assert packs
+    for pack in packs:
+        pack.write_bytes(bytes(byte ^ 0x55 for byte in pack.read_bytes()))
+    runs = {step: (str(run), kind, step) for step in (None, STOP)}
+    found = start(of_all, folder / f"{kind}-fallen", fsdp_runs.restore_or_say, runs)
+    expected = asymcheck_torch.load(str(folder / kind), STOP - 1)["params"]
+    for ranks in found:
+        step, state = ranks[None]
+        assert step == STOP - 1
+        for path in (path for path in state if path.startswith("params/")):
+            assert raw(state[path]) == raw(expected[path.removeprefix("params/")])
+        assert ranks[STOP][0] == "CorruptionError"
+
+
+def test_parameters_that_only_the_optimizer_has_are_refused_on_all_ranks(folder):
+    url = str(folder / "too-late")
+    for said in start(fsdp_runs.train_what_was_sharded_too_late, folder / "late", url):
+        assert "UnsupportedStateError: optimizer 0 trains a parameter that is none of the" in said
+        assert "Shard the module before its optimizer is made" in said
+    with pytest.raises(CheckpointNotFoundError):
+        asymcheck.open_checkpoint(url)
 
 
 REFUSED = {

@@ -282,6 +282,28 @@ def test_state_that_the_checkpoint_does_not_have_is_gone():
     assert [run.module[0].weight in state, run.module[2].weight in state] == [True, False]
 
 
+def test_an_optimizer_that_keeps_other_state_does_not_fit():
+    saved_run("memory://adam")
+    module = mlp()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    before = [parameter.clone() for parameter in module.parameters()]
+    with (
+        asymcheck_torch.attach(module, optimizer, url="memory://adam") as ckpt,
+        pytest.raises(StateMismatchError, match="the optimizer is SGD, in it Adam,"),
+    ):
+        ckpt.restore()
+    assert all(map(torch.equal, before, module.parameters()))
+
+
+def test_restoring_drops_gradients():
+    """The state of a step is that right after its update; gradients are no part of it."""
+    run = saved_run("memory://gradients")
+    run.module(torch.ones(2, 12)).sum().backward()
+    with run.attach("memory://gradients") as ckpt:
+        ckpt.restore()
+    assert [parameter.grad for parameter in run.module.parameters()] == [None] * 4
+
+
 # -- without an optimizer ------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,11 +86,15 @@ class StepIndex:
         """What the user saved with the step (JSON)."""
         return self.manifests[0].metadata
 
-    def blocks(self) -> Iterator[StoredBlock]:
-        """All blocks."""
-        for leaf in self.leaves.values():
+    def blocks(self, paths: Iterable[str] | None = None) -> Iterator[StoredBlock]:
+        """All blocks, or those of some leaves."""
+        for leaf in self.leaves.values() if paths is None else map(self.leaves.__getitem__, paths):
             for box in leaf.boxes.values():
                 yield from box.blocks
+
+    def blocks_by_group(self, paths: Iterable[str] | None = None) -> list[StoredBlock]:
+        """The same, those that decode together side by side: then each is decoded once."""
+        return sorted(self.blocks(paths), key=lambda stored: stored.group)
 
 
 def load_index(store: Store, step: int) -> StepIndex:

@@ -233,7 +233,7 @@ class Checkpoint(Mapping[str, LazyArray]):
                             object=pack.key,
                             expected=f"{pack.nbytes} bytes",
                         )
-        for batch in _batches(self._chain[0].blocks()):
+        for batch in _batches(self._chain[0].blocks_by_group()):
             self._reader.read([_whole_block(stored) for stored in batch])
 
     def close(self) -> None:

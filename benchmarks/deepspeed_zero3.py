@@ -26,7 +26,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(1, str(Path(__file__).parent / "common"))
 
-VARIANTS = ("none", "deepspeed", "dcp-async", "asymcheck-naive", "asymcheck")
+VARIANTS = (
+    *("none", "deepspeed", "dcp-async"),
+    *("asymcheck-naive", "asymcheck", "asymcheck-replay"),
+)
 WARM_UP_STEPS = 2
 
 
@@ -78,10 +81,15 @@ class Saver:
             # those of training in another order on every rank.
             self._group = dist.new_group(backend="gloo")
         if args.variant.startswith("asymcheck"):
+            from strategies import strategy_of
+
             import asymcheck_torch
 
             self._checkpointer = asymcheck_torch.attach(
-                engine, url=args.directory / "run", strategy=args.variant, max_to_keep=2
+                engine,
+                url=args.directory / "run",
+                strategy=strategy_of(args.variant),
+                max_to_keep=2,
             )
 
     def after_step(self, step: int) -> None:

@@ -9,6 +9,7 @@ checkpoints of the same round. Medians over the rounds go into a table (Markdown
 Variants of DCP: thread and process as shipped; "shm" with shared memory and a reused stager;
 "shm-async" also stages in the background, as shipped, *without* a barrier before the update, so
 that its copy may be torn; "shm-async-barrier" waits for the staging before the update.
+"asymcheck-replay" stores the fewest bytes, whatever that takes.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(1, str(Path(__file__).parent / "common"))
 from gpt2 import GPT2, SMALL, TINY
 from machine import MemoryPeak, drop_caches
+from strategies import REPLAY, strategy_of
 
-ASYMCHECK = ("asymcheck-naive", "asymcheck-s", "asymcheck")
+ASYMCHECK = ("asymcheck-naive", "asymcheck-s", "asymcheck", REPLAY)
 VARIANTS = (
     "none",
     "torch.save",
@@ -164,7 +166,7 @@ class Ours(NoCheckpoints):
             optimizer,
             url=args.directory,
             every_steps=args.every,
-            strategy=args.variant,
+            strategy=strategy_of(args.variant),
             max_to_keep=2,
             max_host_bytes=args.max_host_bytes,
         )

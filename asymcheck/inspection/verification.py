@@ -138,7 +138,7 @@ class _Verifier:
         """All blocks of the leaves, to be decoded into the same memory batch after batch."""
         batch: list[Want] = []
         used = 0
-        for stored in (s for p in paths for b in index.leaves[p].boxes.values() for s in b.blocks):
+        for stored in index.blocks_by_group(paths):
             nbytes = stored.block.count * stored.box.leaf.itemsize
             if used + nbytes > _BATCH_NBYTES:
                 yield batch

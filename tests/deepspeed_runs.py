@@ -267,7 +267,7 @@ def save_and_go_on(rank: int, url: str, setting: Setting) -> Any:
     """Train with checkpoints to STOP, then without to TOTAL; state at both, and the losses."""
     with engine_of(setting) as engine:
         torch.manual_seed(100 + rank)
-        options: dict[str, Any] = {"strategy": REPLAY} if setting.replay else {}
+        options: dict[str, Any] = {"strategy": REPLAY, "max_chain": 10} if setting.replay else {}
         with asymcheck_torch.attach(engine, url=url, max_to_keep=None, **options) as ckpt:
             train(engine, 1)
             if setting.overflow:

@@ -87,7 +87,7 @@ def test_optax_is_replayed(name, tmp_path):
     optimizer, update, limit = OPTIMIZERS[name]
     states = train(optimizer)
     strategy = AsymCheck(policy=Always("replay"))
-    handler = asymcheck_jax.AsymCheckHandler(strategy=strategy)
+    handler = asymcheck_jax.AsymCheckHandler(strategy=strategy, max_chain=10)
     with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
         for number, state in zip(STEPS, states, strict=True):
             manager.save(number, args=asymcheck_jax.AsymCheckSave(state, update=update))

@@ -61,7 +61,8 @@ def view_of(step: int, n: int = N) -> StateView:
 
 
 def save(url: Path, steps: range, strategy: Any = REPLAY, n: int = N, **more: Any) -> None:
-    with asymcheck.Checkpointer(url, strategy=strategy, **more) as checkpointer:
+    options = {"max_chain": 10} | more
+    with asymcheck.Checkpointer(url, strategy=strategy, **options) as checkpointer:
         for step in steps:
             checkpointer.begin(step, view_of(step, n)).finish()
             checkpointer.wait()

@@ -50,7 +50,13 @@ def train(url: Any, make: Any, *, low: bool = True, every_steps: int = 1) -> lis
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     states: list[dict[str, Any]] = []
     with asymcheck_torch.attach(
-        module, optimizer, url=url, strategy=REPLAY, every_steps=every_steps, max_to_keep=None
+        module,
+        optimizer,
+        url=url,
+        strategy=REPLAY,
+        every_steps=every_steps,
+        max_chain=10,
+        max_to_keep=None,
     ) as checkpointer:
         for _ in range(STEPS * every_steps):
             x = torch.randn(64, WIDTH)
@@ -103,7 +109,9 @@ def test_copies_in_low_precision_of_masters_take_nothing(tmp_path):
     masters = [p.detach().float().requires_grad_() for p in module.parameters()]
     optimizer = torch.optim.AdamW(masters, lr=1e-3)
     expected = None
-    with asymcheck_torch.attach(module, optimizer, url=tmp_path, strategy=REPLAY) as checkpointer:
+    with asymcheck_torch.attach(
+        module, optimizer, url=tmp_path, strategy=REPLAY, max_chain=10
+    ) as checkpointer:
         for _ in range(STEPS):
             x = torch.randn(64, WIDTH).bfloat16()
             (module(x) - x).float().square().mean().backward()

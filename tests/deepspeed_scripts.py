@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import checkpoint_engine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed_runs import Setting, build, engine_of, snapshot, train
 from sharded_net import loss_of, random_tokens
@@ -196,6 +198,56 @@ def load_where_one_rank_sees_nothing(rank: int, folder: str) -> list[str]:
                 except Exception as error:
                     said.append(type(error).__name__)
     return said
+
+
+def take_tags_for_others(rank: int, folder: str) -> dict[str, str]:
+    """What loading says of tags that do not name what was saved, and saving of one that cannot be.
+
+    Also the same where everything is well.
+    """
+    tags, said = Path(folder, "tags"), dict[str, str]()
+
+    def outcome(work: Callable[[], Any]) -> str:
+        try:
+            work()
+        except Exception as error:
+            return type(error).__name__
+        return ""
+
+    with engine_of(Setting(3)) as engine:
+        with use(engine, url=f"{folder}/other"):
+            train(engine, 1)
+            engine.save_checkpoint(f"{folder}/others", tag="best")
+        with use(engine, url=f"{folder}/run"):
+            train(engine, 1)
+            engine.save_checkpoint(tags, tag="best")
+            said["another run's"] = outcome(lambda: engine.load_checkpoint(f"{folder}/others"))
+            said["own"] = outcome(lambda: engine.load_checkpoint(tags))
+            if rank == 0:
+                Path(tags, "best", "mp_rank_00_model_states.pt").touch()
+                Path(tags, "blocked").touch()
+            dist.barrier()
+            said["natively saved since"] = outcome(lambda: engine.load_checkpoint(tags))
+            engine.save_checkpoint(tags, tag="best")
+            said["saved again"] = outcome(lambda: engine.load_checkpoint(tags))
+            said["blocked"] = outcome(lambda: engine.save_checkpoint(tags, tag="blocked"))
+            with no_directories(rank == 1):
+                said["made by others"] = outcome(lambda: engine.save_checkpoint(tags, tag="made"))
+            said["latest"] = Path(tags, "latest").read_text()
+    return said
+
+
+@contextmanager
+def no_directories(here: bool) -> Iterator[None]:
+    """On this rank no directory can be made."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("this is read-only")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if here:
+            patch.setattr(checkpoint_engine.os, "makedirs", refuse)
+        yield
 
 
 def scale_losses(rank: int, folder: str, setting: Setting) -> Any:

@@ -153,6 +153,7 @@ def several(tmp_path_factory):
     runs |= {name: (scripts.fail_to_save, name) for name in ("raise", "warn")}
     runs |= {f"scale-{stage}": (scripts.scale_losses, Setting(stage)) for stage in (2, 3)}
     runs |= {"twice": (scripts.save_a_tag_twice,)}
+    runs |= {"others": (scripts.take_tags_for_others,)}
     runs |= {"unseen": (scripts.load_where_one_rank_sees_nothing,)}
     placed = {name: (worker, f"{root}/{name}", *more) for name, (worker, *more) in runs.items()}
     said = start(of_all, root / "processes", placed)
@@ -189,6 +190,14 @@ def test_rank_0_says_for_all_what_a_tag_names(several):
     seen_by_rank_0 = ["here", "here"]
     seen_by_rank_1 = ["nothing", "CheckpointNotFoundError"]
     assert several["unseen"] == [seen_by_rank_0 + seen_by_rank_1] * 2
+
+
+def test_a_tag_names_what_was_saved_or_loading_says_so(several):
+    for rank, said in enumerate(several["others"]):
+        assert said["own"] == said["saved again"] == ""
+        assert said["another run's"] == said["natively saved since"] == "CheckpointNotFoundError"
+        assert said["blocked"] == ("SaveFailedError" if rank else "StoreError")
+        assert said["made by others"] == "" and said["latest"] == "made"
 
 
 @pytest.mark.parametrize("stage", [2, 3])

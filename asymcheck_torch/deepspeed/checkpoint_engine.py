@@ -16,13 +16,16 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 )
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from asymcheck.commit import read_commit
 from asymcheck.errors import (
     AsymCheckError,
     CheckpointNotFoundError,
+    CorruptionError,
+    FormatError,
     SaveFailedError,
     StoreError,
 )
-from asymcheck.stores import LocalStore
+from asymcheck.stores import LocalStore, open_store
 from asymcheck_torch.deepspeed.engine import Engine
 from asymcheck_torch.deepspeed_files import OWN_KEYS
 from asymcheck_torch.training import TrainingCheckpointer, attach
@@ -30,6 +33,8 @@ from asymcheck_torch.training import TrainingCheckpointer, attach
 _Base: Any = CheckpointEngine  # it ships no types
 _MARK = "asymcheck"
 _MARK_FILE = "asymcheck.json"  # in the directory of a tag; of one name, so that there is one
+_MAX_MARK_NBYTES = 1 << 16
+_IMPORT = "What DeepSpeed itself has saved comes in by 'asymcheck import --from deepspeed'"
 
 
 def use(
@@ -75,6 +80,7 @@ class _Link:
         self._engine = engine
         self._checkpointer = checkpointer
         self._url = url
+        self._records = open_store(url)  # to read commit records
         trained = checkpointer.state.trained
         assert isinstance(trained, Engine)
         self._trained = trained
@@ -149,9 +155,14 @@ class _Link:
 
     def _mark(self, directory: Path) -> None:
         if self._checkpointer.state.world.rank == 0:
-            place = {_MARK: {"url": self._url, "step": self._checkpointer.step}}
+            step = self._checkpointer.step
+            place = {_MARK: {"url": self._url, "step": step, "attempt": self._attempt_of(step)}}
             data = json.dumps(place, indent=1).encode()
             LocalStore(directory).put(_MARK_FILE, memoryview(data))
+
+    def _attempt_of(self, step: int) -> str:
+        """The name of the attempt that made a step: no other run has the same."""
+        return read_commit(self._records, step)[0].attempt
 
     def load(
         self,
@@ -195,37 +206,62 @@ class _Link:
     def _find(self, load_dir: str | os.PathLike[str], tag: str | None) -> dict[str, Any]:
         """What rank 0 finds, on all ranks: they load the same step, or raise the same error."""
         world = self._checkpointer.state.world
-        here = json.dumps(_look_up(load_dir, tag)) if world.rank == 0 else ""
+        here = json.dumps(self._look_up(load_dir, tag)) if world.rank == 0 else ""
         found: dict[str, Any] = json.loads(world.broadcast_text(here))
         if "problem" in found:
-            raise CheckpointNotFoundError(
-                found["problem"],
-                hint="What DeepSpeed itself has saved comes in by 'asymcheck import --from "
-                "deepspeed'",
-            )
+            raise CheckpointNotFoundError(found["problem"])
         return found
+
+    def _look_up(self, load_dir: str | os.PathLike[str], tag: str | None) -> dict[str, Any]:
+        """The directory of a tag and the step that it names; empty if there is no `latest`."""
+        try:
+            if tag is None:
+                latest = Path(load_dir) / "latest"
+                if not latest.is_file():
+                    return {}
+                tag = latest.read_text().strip()
+            directory = Path(load_dir) / str(tag)
+            mark = _read_mark(directory)
+            step = int(mark["step"])
+            with suppress(CorruptionError, FormatError):  # restoring says what is wrong with it
+                self._check_attempt(step, mark, directory)
+            return {"directory": str(directory), "step": step}
+        except CheckpointNotFoundError as error:
+            return {"problem": str(error)}
+        except Exception as error:  # the others wait for an answer
+            return {"problem": f"the step of tag {tag} in {load_dir} cannot be read: {error!r}"}
+
+    def _check_attempt(self, step: int, mark: dict[str, Any], directory: Path) -> None:
+        """Steps of another run have the same numbers."""
+        if mark["attempt"] != self._attempt_of(step):
+            raise CheckpointNotFoundError(
+                f"{directory} was not saved as step {step} of {self._url}",
+                hint=f"It was saved with use(engine, url={mark['url']!r})",
+            )
 
     def _schedule(self) -> dict[str, Any] | None:
         schedule = self._engine.lr_scheduler
         return None if schedule is None else schedule.state_dict()
 
 
-def _look_up(load_dir: str | os.PathLike[str], tag: str | None) -> dict[str, Any]:
-    """The directory of a tag and the step that it names; empty if there is no `latest`."""
-    try:
-        if tag is None:
-            latest = Path(load_dir) / "latest"
-            if not latest.is_file():
-                return {}
-            tag = latest.read_text().strip()
-        directory = Path(load_dir) / str(tag)
-        file = directory / _MARK_FILE
-        if not file.is_file():
-            return {"problem": f"{directory} is no checkpoint that was saved through AsymCheck"}
-        step = int(json.loads(file.read_bytes())[_MARK]["step"])
-        return {"directory": str(directory), "step": step}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {"problem": f"the step of tag {tag} in {load_dir} cannot be read: {error!r}"}
+def _read_mark(directory: Path) -> dict[str, Any]:
+    """What the small file in a tag's directory says.
+
+    Raises:
+        CheckpointNotFoundError: there is none, or DeepSpeed itself has saved the tag after it.
+        OSError, ValueError, KeyError: it cannot be read.
+    """
+    file = directory / _MARK_FILE
+    if not file.is_file():
+        raise CheckpointNotFoundError(
+            f"{directory} is no checkpoint that was saved through AsymCheck", hint=_IMPORT
+        )
+    saved_ns = file.stat().st_mtime_ns
+    if any(other.stat().st_mtime_ns > saved_ns for other in directory.glob("*_states.pt")):
+        raise CheckpointNotFoundError(
+            f"DeepSpeed itself has saved into {directory} after AsymCheck did", hint=_IMPORT
+        )
+    return json.loads(file.read_bytes()[:_MAX_MARK_NBYTES])[_MARK]
 
 
 class _AsymCheckpointEngine(_Base):
@@ -250,9 +286,14 @@ class _AsymCheckpointEngine(_Base):
         self._made, self._client_state = False, None
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a directory; that of the tag means that a checkpoint is saved, on all ranks."""
-        super().makedirs(path, exist_ok)
+        """Make a directory; that of the tag means that a checkpoint is saved, on all ranks.
+
+        Where it cannot be made, writing into it fails, and then on all ranks together; here the
+        others would wait for this one.
+        """
         self._made |= Path(path) == self._directory
+        with suppress(OSError):
+            super().makedirs(path, exist_ok)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """One of the files of the save."""

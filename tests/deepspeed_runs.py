@@ -379,6 +379,10 @@ def attach_to_what_is_refused(rank: int, world: int, url: str) -> dict[str, str]
         known, deepspeed.__version__ = deepspeed.__version__, "0.190.1"
         said["version"] = what_attach_says(engine, url)
         deepspeed.__version__ = known
+        for name in ("curriculum_learning", "random_ltd"):  # as if it were in the configuration
+            setattr(engine, f"{name}_enabled", lambda: True)
+            said[name] = what_attach_says(engine, url)
+            delattr(engine, f"{name}_enabled")
     with _pipeline() as engine:
         said["pipeline"] = what_attach_says(engine, url)
     with _mixture_of_experts() as engine:

@@ -482,6 +482,8 @@ def test_each_byte_is_stored_once_over_the_ranks(runs, saved, name):
 REFUSED = {
     "two optimizers": ["ValueError", "an engine has its own optimizer"],
     "version": ["UnsupportedStateError", "0.190.1", "0.19.x"],
+    "curriculum_learning": ["UnsupportedStateError", "curriculum learning"],
+    "random_ltd": ["UnsupportedStateError", "random-LTD"],
     "pipeline": ["UnsupportedStateError", "pipeline engine"],
     "experts": ["UnsupportedStateError", "mixture of experts"],
     "no optimizer": ["UnsupportedStateError", "DeepSpeedZeRoOffload"],

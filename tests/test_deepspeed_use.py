@@ -166,6 +166,7 @@ def test_a_save_anywhere_in_the_loop(several, name, tag):
     for found in several[name]:
         then, now = found[tag]
         assert then["counters"][:2] == now["counters"][:2]
+        assert now["counters"][2] % now["counters"][0] == 0  # accumulation begins anew
         assert [key for key in differences(then, now) if key != "counters"] == []
 
 

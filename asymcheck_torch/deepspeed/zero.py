@@ -97,6 +97,8 @@ def _unknown_features(engine: Any) -> Iterator[tuple[str, bool]]:
     yield "offloading to NVMe", _any(zero, "swap_optimizer", "params_in_nvme_and_cpu")
     yield "offloading of a part of the state", getattr(zero, "partial_offload", 1.0) != 1.0
     yield "ZenFlow", _any(zero, "zenflow")
+    yield "curriculum learning", engine.curriculum_learning_enabled()
+    yield "random-LTD", engine.random_ltd_enabled()
     yield "Muon", "muon" in type(engine.basic_optimizer).__name__.lower()
     yield "quantized weights", any(map(_is_quantized, engine.module.parameters()))
     yield "secondary partitions (hpZ)", getattr(zero, "zero_hpz_partition_size", 1) > 1

@@ -74,6 +74,7 @@ def _enter(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
     )
     torch.save(worker(rank, *args), folder / f"{rank}.pt")
+    dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
 
 

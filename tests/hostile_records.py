@@ -46,7 +46,7 @@ def checkpointer_over(objects: Objects, **options: Any) -> Checkpointer:
         max_host_bytes=1 << 20,
         cost_model=CostModel(),
         encode_threads=1,
-        **options,
+        **{"max_chain": 10, **options},
     )
 
 

@@ -19,7 +19,7 @@ import accelerate
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
-from rank_processes import await_kill
+from rank_processes import await_kill, leave_together
 from torch.utils.data import DataLoader, Dataset
 from torch_runs import copied
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
@@ -183,6 +183,7 @@ def main(kind: str, url: str, *how: str) -> None:
         trainer = trainer_of(out.parent, *given)
         trainer.train(given[0].resume_point() if given else None)
         torch.save(outcome(trainer), out)
+        leave_together()
         return
     step, wait = int(how[0]), how[1] == "wait"
     if kind == "loop":

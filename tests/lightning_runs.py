@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
-from rank_processes import await_kill
+from rank_processes import await_kill, leave_together
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch_runs import copied, seed_all
@@ -170,6 +170,7 @@ def main(url: str, *how: str) -> None:
     if len(how) == 1:
         found = fit(*([] if url == "-" else [AsymCheckCallback(url)]))
         torch.save(found, Path(how[0], f"{os.environ['RANK']}.pt"))
+        leave_together()
         return
     asymcheck = AsymCheckCallback(url)
     fit(asymcheck, Victim(asymcheck, int(how[0]), how[1] == "wait"))

@@ -18,6 +18,18 @@ def await_kill() -> None:
     signal.pause()
 
 
+def leave_together() -> None:
+    """The end of a process whose libraries leave the group as it is.
+
+    gloo's threads crash an interpreter that ends while they still have something to tell it.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def run_to_the_end(script: str, *words: object, ranks: int = 1) -> None:
     """All end well."""
     for process in _start(script, words, ranks):

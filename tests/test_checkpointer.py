@@ -44,7 +44,7 @@ DELTA = AsymCheck(policy=Always("delta"))
 
 
 def opened(store: Any, **options: Any) -> Checkpointer:
-    return Checkpointer(store, **{"cost_model": CostModel(), **options})
+    return Checkpointer(store, **{"cost_model": CostModel(), "max_chain": 10, **options})
 
 
 # -- saving and restoring ----------------------------------------------------------------------

@@ -36,6 +36,7 @@ def packs_of(
         encode_threads=threads,
         cost_model=CostModel(),
         max_host_bytes=4 << 20,
+        max_chain=10,
         run_id="same",
     ) as checkpointer:
         for step in range(4):

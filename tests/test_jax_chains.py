@@ -45,7 +45,7 @@ def state(step: int) -> dict[str, Any]:
 
 
 def handler(**options: Any) -> asymcheck_jax.AsymCheckHandler:
-    return asymcheck_jax.AsymCheckHandler(strategy=DELTA, **options)
+    return asymcheck_jax.AsymCheckHandler(**{"strategy": DELTA, "max_chain": 10, **options})
 
 
 @pytest.fixture(scope="module")

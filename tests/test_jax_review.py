@@ -70,7 +70,7 @@ def test_a_predecessor_half_deleted_never_leaves_a_committed_step_unreadable(
     managers: Managers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, when: str
 ) -> None:
     """Orbax deletes in the background (`enable_background_delete`), or a user by hand."""
-    manager = managers(AsymCheckHandler(strategy=DELTA))
+    manager = managers(AsymCheckHandler(strategy=DELTA, max_chain=10))
     manager.save(0, args=AsymCheckSave({"w": jnp.ones(50_000)}))
     manager.wait_until_finished()
     give = HeldStep.give
@@ -99,7 +99,7 @@ def test_a_predecessor_half_deleted_never_leaves_a_committed_step_unreadable(
 def test_the_best_are_kept_and_deleted_in_the_background(managers: Managers) -> None:
     """The newest step is deleted (it is not the best) while the next one would build on it."""
     manager = managers(
-        AsymCheckHandler(strategy=DELTA),
+        AsymCheckHandler(strategy=DELTA, max_chain=10),
         max_to_keep=1,
         best_fn=lambda metrics: metrics["loss"],
         best_mode="min",
@@ -114,7 +114,7 @@ def test_the_best_are_kept_and_deleted_in_the_background(managers: Managers) -> 
 
 
 def test_step_numbers_are_found_behind_a_prefix(managers: Managers, tmp_path: Path) -> None:
-    manager = managers(AsymCheckHandler(strategy=DELTA), step_prefix="gpt2")
+    manager = managers(AsymCheckHandler(strategy=DELTA, max_chain=10), step_prefix="gpt2")
     for step in range(3):
         manager.save(step, args=AsymCheckSave({"w": jnp.full(50_000, float(step))}))
     manager.wait_until_finished()

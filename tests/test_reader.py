@@ -31,7 +31,8 @@ DELTA = AsymCheck(policy=Always("delta"))
 
 def saved(store: MemoryStore, *states: Any, strategy: Any = "asymcheck-naive") -> Checkpoint:
     """Save the states as steps 0, 1, ... and open the last."""
-    with Checkpointer(store, strategy=strategy, cost_model=CostModel()) as checkpointer:
+    options = {"cost_model": CostModel(), "max_chain": 10}
+    with Checkpointer(store, strategy=strategy, **options) as checkpointer:
         for step, state in enumerate(states):
             checkpointer.save(step, state, metadata={"step": step})
     return open_step(store, len(states) - 1)

@@ -38,7 +38,7 @@ def saved(store: MemoryStore, count: int, strategy: Any = DELTA, **options: Any)
     states = [training_state(0)]
     for seed in range(1, count):
         states.append(drifted(states[-1], seed))
-    options = {"cost_model": CostModel(), "strategy": strategy, **options}
+    options = {"cost_model": CostModel(), "strategy": strategy, "max_chain": 10, **options}
     with Checkpointer(store, **options) as checkpointer:
         for step, state in enumerate(states):
             checkpointer.save(step, state)

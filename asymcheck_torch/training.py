@@ -232,14 +232,12 @@ class TrainingCheckpointer:
         Raises:
             CheckpointNotFoundError: there is no such step, or none that is whole.
             StateMismatchError: listing every difference; nothing was changed.
+            SaveFailedError: an earlier save failed, here or on another rank; nothing was changed.
             CorruptionError, FormatError: the step asked for by number is damaged; parameters and
                 optimizer state are then undefined.
             StoreError: the store failed.
         """
-        self.wait()
-        world = self.state.world
-        _, found = world.extremes(len(self.checkpointer.steps()))
-        if step is None and found == 0:
+        if self._settle() == 0 and step is None:
             return 0
 
         self._restore(step, self.state)
@@ -251,9 +249,28 @@ class TrainingCheckpointer:
         Optimizers, extra state, generators and the count of steps stay as they are: to train
         anew from the weights of another run.
         """
-        self.wait()
+        self._settle()
         weights = TrainingState(self.state.trained.weights(), (), self.state.world)
         return self._restore(step, weights)
+
+    def _settle(self) -> int:
+        """Have the saves of all ranks end; how many steps there are. If a rank fails, all raise."""
+        error: Exception | None = None
+        count = -1
+        try:
+            self.wait()
+            count = len(self.checkpointer.steps())
+        except Exception as caught:
+            error = caught
+        lowest, highest = self.state.world.extremes(count)
+        if error is not None:
+            raise error
+        if lowest < 0:
+            raise SaveFailedError(
+                "another rank could not finish its saves, or list the steps",
+                hint="Its own error says why; nothing was restored",
+            )
+        return highest
 
     def _restore(self, step: int | None, state: TrainingState) -> int:
         def read(checkpoint: Checkpoint) -> Callable[[], None]:

@@ -106,6 +106,13 @@ def test_after_falling_back_all_ranks_train_on(saved, tmp_path):
     assert all(steps == [1, 2, 3, 4] for _, _, steps in found)
 
 
+def test_a_store_that_one_rank_does_not_reach_ends_restoring_on_all(saved, tmp_path):
+    url, _ = saved
+    worker = torch_ddp.restore_where_one_rank_sees_no_store
+    ranks = start(worker, tmp_path / "unreachable", url)
+    assert ranks == [("SaveFailedError SaveFailedError ", []), ("StoreError StoreError ", [])]
+
+
 def test_a_rank_that_fails_for_good_stops_all(saved, tmp_path):
     url = saved[0]
     found = start(torch_ddp.restore_into_another_model_on_one_rank, tmp_path / "fails", url)

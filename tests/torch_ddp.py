@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch_runs import Run, everything, plain_step, seed_all
+from torch_runs import Run, differences, everything, plain_step, seed_all
 
-from asymcheck.errors import CorruptionError
+from asymcheck.errors import CorruptionError, StoreError
 from asymcheck_torch import training
 
 STOP, TOTAL = 3, 5
@@ -120,6 +120,26 @@ def restore_with_damage_on_one_rank(rank: int, url: str, go_on: bool) -> Any:
             run.train(step, step + 2)
             ckpt.wait()
         return step, state["module"], ckpt.checkpointer.steps()
+
+
+def restore_where_one_rank_sees_no_store(rank: int, url: str) -> Any:
+    """The errors of both ranks, and that the model is as it was."""
+    run = build(True)
+    before = everything(run)
+    said = ""
+    with run.attach(url) as ckpt:
+        if rank == 1:
+            ckpt.checkpointer.steps = _unreachable
+        for restore in (ckpt.restore, ckpt.restore_weights):
+            try:
+                restore()
+            except Exception as error:
+                said += type(error).__name__ + " "
+    return said, differences(everything(run), before)
+
+
+def _unreachable() -> Any:
+    raise StoreError("this rank's network is down")
 
 
 def restore_into_another_model_on_one_rank(rank: int, url: str) -> Any:

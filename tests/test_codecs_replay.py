@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import replay_by_the_book as by_the_book
 from codec_columns import KINDS, changed, content
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -363,6 +364,28 @@ def write_golden() -> None:
         payloads = golden_block(rule).encode()
         lengths = np.array([*map(len, payloads), *[0] * (4 - len(payloads))], "<u4")
         (GOLDEN / f"replay-{rule}").write_bytes(lengths.tobytes() + b"".join(payloads))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"l2": 0.01},
+        {"dtype": np.float32},
+        {"dtype": FLOAT16, "scale": 1.0},
+        {"corrects_bias": 0.0, "lr": 0.5},
+        {"decay": 0.0, "step": 1000},
+    ],
+    ids=repr,
+)
+def test_the_specification_is_enough_to_decode(how):
+    block = trained("adam", 30_000, **how)
+    roles = block.codec.roles
+    payloads = dict(zip(roles, block.encode(), strict=True))
+    old = {r: np.array(c.old).view(c.dtype) for r, c in zip(roles, block.columns, strict=True)}
+    found = by_the_book.decode(payloads, old, block.codec.numbers)
+    for role, column in zip(roles, block.columns, strict=True):
+        assert found[role].tobytes() == column.new.tobytes(), role
 
 
 # -- hostile payloads and arguments ------------------------------------------------------------

@@ -243,13 +243,16 @@ def lose_a_peer(rank: int) -> tuple[str, int]:
     recorder = Recorder()
     dist.barrier()
     if rank == 1:
+        dist.destroy_process_group()
         return "", 0
+    said, seen = "no error", 0
     with observe_collectives(recorder), slow_collectives(1e-3):
         try:
             dist.all_reduce(torch.ones(1000))
         except RuntimeError as error:
-            return str(error), len(recorder.take())
-    return "no error", 0
+            said, seen = str(error), len(recorder.take())
+    dist.destroy_process_group()
+    return said, seen
 
 
 # -- slow ones ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def await_kill() -> None:
 
 
 def leave_together() -> None:
-    """The end of a process whose libraries leave the group as it is.
+    """The end of a process that still is in a group.
 
     gloo's threads crash an interpreter that ends while they still have something to tell it.
     """

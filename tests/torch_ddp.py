@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rank_processes import leave_together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch_runs import Run, differences, everything, plain_step, seed_all
@@ -74,8 +75,7 @@ def _enter(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
     )
     torch.save(worker(rank, *args), folder / f"{rank}.pt")
-    dist.barrier()  # nobody leaves while another still talks
-    dist.destroy_process_group()
+    leave_together()
 
 
 def save_and_go_on(rank: int, url: str, broadcast_buffers: bool = True) -> Any:

@@ -27,6 +27,9 @@ from asymcheck.codecs.rules.base import (
     f64,
     no_constants,
     power,
+    weighted_sum,
+    weighted_sum_inverse,
+    weighted_sum_unfused,
 )
 
 _where: Any = np.where
@@ -40,18 +43,6 @@ def _lerp(k: Constants, g: Any, m: Any) -> Any:
 
 def _lerp_inverse(k: Constants, new: Any, old: Any) -> Any:
     return f32((f64(new) - f64(old)) / f64(k[1]) + f64(old))
-
-
-def _mean(k: Constants, g: Any, m: Any) -> Any:
-    return f32(f64(k[0]) * f64(m) + f64(k[1] * g))
-
-
-def _mean_unfused(k: Constants, g: Any, m: Any) -> Any:
-    return k[0] * m + k[1] * g
-
-
-def _mean_inverse(k: Constants, new: Any, old: Any) -> Any:
-    return f32((f64(new) - f64(k[0]) * f64(old)) / f64(k[1]))
 
 
 def _square_torch(k: Constants, g: Any, v: Any) -> Any:
@@ -130,8 +121,8 @@ def _weights(second: str) -> tuple[Form, ...]:
 
 _MOMENTS = (
     MomentForm(_lerp, _lerp_inverse, _of_first),
-    MomentForm(_mean, _mean_inverse, _of_first),
-    MomentForm(_mean_unfused, _mean_inverse, _of_first),
+    MomentForm(weighted_sum, weighted_sum_inverse, _of_first),
+    MomentForm(weighted_sum_unfused, weighted_sum_inverse, _of_first),
 )
 _SECONDS = (
     Form(("gradient", "second"), _square_torch, _of_second),

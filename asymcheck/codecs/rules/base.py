@@ -45,9 +45,8 @@ class Form:
     constants: Callable[[Numbers], tuple[float, ...]]
 
     def constants_of(self, numbers: Numbers) -> Constants:
-        """The constants in float32; too large ones become infinite."""
-        with np.errstate(all="ignore"):
-            return tuple(f32(value) for value in self.constants(numbers))
+        """What the formula takes."""
+        return _in_float32(self.constants, numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +62,8 @@ class MomentForm:
     constants: Callable[[Numbers], tuple[float, ...]]
 
     def constants_of(self, numbers: Numbers) -> Constants:
-        """The constants in float32."""
-        with np.errstate(all="ignore"):
-            return tuple(f32(value) for value in self.constants(numbers))
+        """What both formulas take."""
+        return _in_float32(self.constants, numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +90,27 @@ class Rule:
     def roles(self) -> tuple[str, ...]:
         """What the rule needs of a parameter."""
         return (self.moment, *self.forms)
+
+
+def _in_float32(constants: Callable[[Numbers], tuple[float, ...]], numbers: Numbers) -> Constants:
+    """Too large ones become infinite."""
+    with np.errstate(all="ignore"):
+        return tuple(f32(value) for value in constants(numbers))
+
+
+def weighted_sum(k: Constants, g: Any, moment: Any) -> Any:
+    """A first moment: k[0] moment + k[1] g, with one fused operation."""
+    return f32(f64(k[0]) * f64(moment) + f64(k[1] * g))
+
+
+def weighted_sum_unfused(k: Constants, g: Any, moment: Any) -> Any:
+    """The same, each operation rounded."""
+    return k[0] * moment + k[1] * g
+
+
+def weighted_sum_inverse(k: Constants, new: Any, old: Any) -> Any:
+    """The g of both."""
+    return f32((f64(new) - f64(k[0]) * f64(old)) / f64(k[1]))
 
 
 def no_constants(_numbers: Numbers) -> tuple[float, ...]:

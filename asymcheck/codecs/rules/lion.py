@@ -21,19 +21,10 @@ from asymcheck.codecs.rules.base import (
     f32,
     f64,
     no_constants,
+    weighted_sum,
+    weighted_sum_inverse,
+    weighted_sum_unfused,
 )
-
-
-def _mean(k: Constants, g: Any, m: Any) -> Any:
-    return f32(f64(k[0]) * f64(m) + f64(k[1] * g))
-
-
-def _mean_unfused(k: Constants, g: Any, m: Any) -> Any:
-    return k[0] * m + k[1] * g
-
-
-def _mean_inverse(k: Constants, new: Any, old: Any) -> Any:
-    return f32((f64(new) - f64(k[0]) * f64(old)) / f64(k[1]))
 
 
 def _weight_optax(k: Constants, w: Any, m: Any, g: Any) -> Any:
@@ -66,8 +57,8 @@ LION = Rule(
     ("lr", "beta1", "beta2", "decay", "l2"),
     "first",
     (
-        MomentForm(_mean, _mean_inverse, _of_moment),
-        MomentForm(_mean_unfused, _mean_inverse, _of_moment),
+        MomentForm(weighted_sum, weighted_sum_inverse, _of_moment),
+        MomentForm(weighted_sum_unfused, weighted_sum_inverse, _of_moment),
     ),
     {
         "weight": (

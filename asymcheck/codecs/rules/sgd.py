@@ -21,19 +21,10 @@ from asymcheck.codecs.rules.base import (
     f32,
     f64,
     no_constants,
+    weighted_sum,
+    weighted_sum_inverse,
+    weighted_sum_unfused,
 )
-
-
-def _buffer(k: Constants, g: Any, b: Any) -> Any:
-    return k[0] * b + k[1] * g
-
-
-def _buffer_fused(k: Constants, g: Any, b: Any) -> Any:
-    return f32(f64(k[0]) * f64(b) + f64(k[1] * g))
-
-
-def _buffer_inverse(k: Constants, new: Any, old: Any) -> Any:
-    return f32((f64(new) - f64(k[0]) * f64(old)) / f64(k[1]))
 
 
 def _weight(k: Constants, w: Any, b: Any) -> Any:
@@ -69,8 +60,8 @@ SGD = Rule(
     ("lr", "momentum", "dampening", "l2"),
     "first",
     (
-        MomentForm(_buffer, _buffer_inverse, _of_buffer),
-        MomentForm(_buffer_fused, _buffer_inverse, _of_buffer),
+        MomentForm(weighted_sum_unfused, weighted_sum_inverse, _of_buffer),
+        MomentForm(weighted_sum, weighted_sum_inverse, _of_buffer),
     ),
     {
         "weight": (

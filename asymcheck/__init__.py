@@ -12,7 +12,7 @@ from asymcheck.errors import AsymCheckError
 from asymcheck.policy import Always, CompressionPolicy, Never, Selective
 from asymcheck.reader import Checkpoint, LazyArray, open_checkpoint
 from asymcheck.state import LeafSpec, ShardSpec, StateView
-from asymcheck.stores import Store, open_store
+from asymcheck.stores import Store, StoreOptions, open_store
 from asymcheck.strategies import AsymCheck, AsymCheckNaive, AsymCheckS, Synchronous
 from asymcheck.strategy import Strategy
 
@@ -36,6 +36,7 @@ __all__ = [
     "ShardSpec",
     "StateView",
     "Store",
+    "StoreOptions",
     "Strategy",
     "Synchronous",
     "errors",

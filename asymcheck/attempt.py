@@ -11,9 +11,9 @@ from typing import Any
 from asymcheck import tree
 from asymcheck.codecs.base import Codec
 from asymcheck.errors import AsymCheckError, SaveFailedError
-from asymcheck.manifest import Blocks, CodecUse, Manifest, Pack, pack_key
+from asymcheck.manifest import Blocks, CodecUse, Manifest, Pack, attempt_number, pack_key
 from asymcheck.pack import OpenPack, Slot
-from asymcheck.plan import Plan, Unit
+from asymcheck.plan import NOTHING, Plan, Unit
 from asymcheck.policy import Decision
 from asymcheck.state import Update
 
@@ -56,8 +56,15 @@ class Attempt:
         self.finished = threading.Event()
         self.reported = False  # to the user, as an error
         self.logged = False
+        self._codec: Codec | None = None  # of the last block, and its index
+        self._codec_index = -1
         self._lock = threading.Lock()
         self._outstanding = 1  # the end of the attempt itself, so that 0 is reached once
+
+    @property
+    def number(self) -> int:
+        """How many attempts of the run came before."""
+        return attempt_number(self.name)
 
     def fail(self, error: BaseException) -> None:
         """Give the attempt up; the first error stands. Its step will not exist."""
@@ -66,34 +73,28 @@ class Attempt:
                 self.error = error
 
     def add_block(
-        self,
-        unit: Unit,
-        source: int,
-        *,
-        codec: Codec,
-        group: int,
-        slot: Slot,
-        digest: str,
-        raw: str,
+        self, unit: Unit, source: int, codec: Codec, group: int, slot: Slot, digest: str, raw: str
     ) -> None:
         """Record a finished block: what it is and where it lies.
 
         By columns, since a thousand small objects at every step keep the garbage collector busy.
         """
-        if codec not in self.codecs:
-            self.codecs.append(codec)
+        if codec is not self._codec:
+            if codec not in self.codecs:
+                self.codecs.append(codec)
+            self._codec, self._codec_index = codec, self.codecs.index(codec)
+            self.used_base |= codec.needs_base
         blocks = self.blocks
         blocks.shard.append(source)
         blocks.start.append(unit.start)
         blocks.count.append(unit.count)
-        blocks.codec.append(self.codecs.index(codec))
+        blocks.codec.append(self._codec_index)
         blocks.group.append(group)
         self.block_packs.append(slot.pack)
         blocks.offset.append(slot.offset)
         blocks.nbytes.append(slot.view.nbytes)
         blocks.digest.append(digest)
         blocks.raw.append(raw)
-        self.used_base |= codec.needs_base
 
     def add_pack(self, nbytes: int) -> str:
         """Count a pack as under way to the store; its key."""
@@ -198,6 +199,29 @@ class PendingSave:
         if self._attempt.error is not None:
             self._attempt.reported = True
             raise failure(self._attempt) from self._attempt.error
+
+
+def failed_attempt(
+    step: int, name: str, writer: int, writers: int, error: BaseException
+) -> Attempt:
+    """One that did not begin, for a reason that the user knows: others have to be told."""
+    attempt = Attempt(
+        step=step,
+        name=name,
+        writer=writer,
+        writers=writers,
+        plan=NOTHING,
+        structure=None,
+        metadata={},
+        updates={},
+        base_step=None,
+        predecessor_encoded=None,
+        pack_nbytes=0,
+    )
+    attempt.reported = attempt.logged = True
+    attempt.encoded.set()
+    attempt.settle(error)
+    return attempt
 
 
 def failure(attempt: Attempt) -> SaveFailedError:

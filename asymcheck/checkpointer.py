@@ -9,16 +9,27 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from asymcheck.attempt import Attempt, PendingSave, failure
+from asymcheck.attempt import Attempt, PendingSave, failed_attempt, failure
 from asymcheck.buffers import Allocate, page_aligned
-from asymcheck.calibration import calibrate_writes
-from asymcheck.commit import MAX_CHAIN, committed_steps, read_commit, read_manifests, retire
+from asymcheck.calibration import calibrate_writes, check_conditional_puts
+from asymcheck.chains import BaseSchedule
+from asymcheck.commit import (
+    MAX_CHAIN,
+    CommitRecord,
+    committed_steps,
+    read_commit,
+    read_manifest,
+    retire,
+)
+from asymcheck.copying import copying_nbytes
 from asymcheck.cost import CostModel
 from asymcheck.errors import (
+    AsymCheckError,
     CheckpointNotFoundError,
     ClosedError,
     CommitError,
@@ -31,18 +42,19 @@ from asymcheck.errors import (
 )
 from asymcheck.idle import IdleProfile
 from asymcheck.increments import Increments
+from asymcheck.lease import LEASE_S
 from asymcheck.manifest import MAX_STEP
+from asymcheck.mirror import Mirror
 from asymcheck.partition import Phase, Window
-from asymcheck.pipeline import Options, Pipeline
+from asymcheck.pipeline import Options, Pipeline, buffer_nbytes
 from asymcheck.plan import Plan, make_plan, signature_of
 from asymcheck.reader import Checkpoint, fill_target, open_step
-from asymcheck.restore import newest_good
 from asymcheck.retention import (
     Committed,
     Retention,
     apply,
     collect_orphans,
-    remove_step,
+    remove_later,
     survey,
 )
 from asymcheck.snapshot import Capture
@@ -51,6 +63,7 @@ from asymcheck.stores import open_store
 from asymcheck.stores.base import Store
 from asymcheck.strategies import by_name
 from asymcheck.strategy import Strategy
+from asymcheck.tiers import Tiers
 from asymcheck.trace import Trace
 from asymcheck.traces import store_trace
 
@@ -58,7 +71,6 @@ T = TypeVar("T")
 _log = logging.getLogger("asymcheck")
 
 MIN_HOST_NBYTES = 1 << 20
-MAX_CHAIN_OF_MANY = 10
 _RUN_ID = re.compile(r"[0-9a-z]{1,32}")
 
 
@@ -79,10 +91,12 @@ class Checkpointer:
         keep_every: also keep steps that are multiples of this.
         max_chain: an increment has at most so many steps below it, up to 256; 0 stores every
             step in full. None chooses by what writing and restoring cost (see
-            `asymcheck.chains`), and stands for 10 with several writers, who must agree.
+            `asymcheck.chains`), up to 64; writer 0 does for all writers, who begin a chain at the
+            same step, or go on with theirs for a few steps if they learn of it too late.
         on_error: a failed save raises `SaveFailedError` at the next call ("raise"), or is logged
             while training goes on ("warn").
-        writer, writers: this process's number and their count; all write the same run.
+        writer, writers: this process's number and their count; all write the same run, and save
+            the same steps in the same order. A step that one cannot save fails on all.
         run_id: a name that all writers share and that no start of this or another run has had
             before, 1 to 32 of [0-9a-z]; required for several writers.
         stall_timeout_s: how long training waits for host memory when the store does not keep
@@ -92,12 +106,17 @@ class Checkpointer:
         cost_model: a fitted one; by default the run's last, else measured at the first save.
         allocate: gives page-aligned host buffers (pinned, for a device).
         encode_threads: codecs running at once; by default half the cores, at most 8.
+        mirror: a second store (a path, a URL or a `Store`) to which steps are copied in the
+            background, and from which they are restored where `url` does not have them, or not
+            whole; see docs/tiers.md. Of several writers, who must share `url`, number 0 copies.
+        mirror_every: copy the steps that are multiples of this, and what they decode from.
+        mirror_max_to_keep, mirror_keep_every: as `max_to_keep` and `keep_every`, for the mirror.
         keep_trace: at `close`, keep the last 20,000 events of `trace` in the run, for `asymcheck
             stats --trace`, in place of those of earlier starts.
 
     Raises:
         ValueError: arguments out of range.
-        StoreError: the URL names no store.
+        StoreError: a URL names no store, or the mirror is the run's own store.
     """
 
     def __init__(
@@ -115,16 +134,34 @@ class Checkpointer:
         run_id: str | None = None,
         stall_timeout_s: float = 300.0,
         commit_timeout_s: float = 300.0,
-        lease_s: float = 120.0,
+        lease_s: float = LEASE_S,
         cost_model: CostModel | None = None,
         allocate: Allocate = page_aligned,
         encode_threads: int | None = None,
+        mirror: str | os.PathLike[str] | Store | None = None,
+        mirror_every: int = 1,
+        mirror_max_to_keep: int | None = None,
+        mirror_keep_every: int | None = None,
         keep_trace: bool = False,
     ) -> None:
         self.strategy = by_name(strategy)
         self._check(max_host_bytes, max_chain, on_error, writer, writers, run_id)
-        self._store = open_store(url) if isinstance(url, str | os.PathLike) else url
+        self._store = _opened(url)
         self._retention = Retention(max_to_keep, keep_every)
+        mirror_store = None if mirror is None else _opened(mirror)
+        self._tiers = Tiers(self._store, mirror_store)
+        self._mirror: Mirror | None = None
+        if mirror_store is not None:
+            self._mirror = Mirror(
+                self._store,
+                mirror_store,
+                every=mirror_every,
+                retention=Retention(mirror_max_to_keep, mirror_keep_every),
+                lease_s=lease_s,
+                failed=self._mirror_failed,
+            )
+            if writer == 0:
+                max_host_bytes -= copying_nbytes(buffer_nbytes(max_host_bytes))
         self._max_host_nbytes = max_host_bytes
         self._on_error = on_error
         self._writer, self._writers = writer, writers
@@ -138,9 +175,8 @@ class Checkpointer:
         self._attempts = 0
         self._plan: Plan | None = None
         self._planned_windows: list[Window] = []
-        if max_chain is None and writers > 1:
-            max_chain = MAX_CHAIN_OF_MANY
-        self._increments = Increments(self.strategy.policy, max_chain)
+        self._bases = BaseSchedule(max_chain, writers)
+        self._increments = Increments(self.strategy.policy, self._bases)
         self._last: Attempt | None = None
         self._capture: Capture | None = None
         self._unreported: list[Attempt] = []  # begun, and not known to be committed or failed
@@ -202,16 +238,31 @@ class Checkpointer:
             StepExistsError: the step is committed.
             SaveFailedError: an earlier save failed (with on_error="raise"), or this one did
                 (with a blocking strategy).
-            StoreError: the store fails at the first save (with on_error="raise").
+            StoreError: the store fails at the first save, or ignores conditional puts (with
+                on_error="raise").
             CommitError: the run_id was used before.
         """
-        capture = self.begin(step, numpy_view(state), metadata=metadata)
+        with self.viewing(step):
+            view = numpy_view(state)
+        capture = self.begin(step, view, metadata=metadata)
         capture.finish()
         if self.strategy.blocking:
             begun_s = time.monotonic()
             self.wait()
             capture.add_stall(time.monotonic() - begun_s)
         return capture.pending
+
+    @contextmanager
+    def viewing(self, step: int) -> Generator[None]:
+        """Within, a state is viewed, for `begin`; if that fails, the step fails on all writers.
+
+        For adapters. The others learn of it at once, instead of waiting for this one.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._give_up(step, self._next_number(), error)
+            raise
 
     def begin(
         self,
@@ -223,7 +274,8 @@ class Checkpointer:
     ) -> Capture:
         """Begin to capture a state that stays as it is until `finish` of the result returned.
 
-        For adapters. An unfinished capture before is finished first.
+        For adapters. An unfinished capture before is finished first. If it raises on one of several
+        writers, the step fails on all of them.
 
         Args:
             step, metadata: as for `save`.
@@ -235,6 +287,21 @@ class Checkpointer:
             UnsupportedStateError, StepExistsError, SaveFailedError, StoreError, CommitError: as
                 for `save`.
         """
+        number = self._next_number()
+        try:
+            return self._begin(step, number, view, windows, metadata)
+        except BaseException as error:
+            self._give_up(step, number, error)
+            raise
+
+    def _begin(
+        self,
+        step: int,
+        number: int,
+        view: StateView,
+        windows: Sequence[Window] | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> Capture:
         if self._capture is not None:
             self._capture.finish()
         begun_s = time.monotonic()
@@ -251,7 +318,7 @@ class Checkpointer:
                 hint="Save a later step, or discard_after() an earlier one first",
             )
         plan = self._plan_for(view, windows, pipeline)
-        attempt = self._new_attempt(step, view, plan, metadata, pipeline)
+        attempt = self._new_attempt(step, number, view, plan, metadata, pipeline)
         capture = Capture(
             attempt,
             view.sources,
@@ -271,29 +338,63 @@ class Checkpointer:
             pipeline.snapshotter.start(capture)
         return capture
 
+    def _next_number(self) -> int:
+        """Of an attempt, whatever becomes of it: so the writers' numbers stay equal."""
+        number, self._attempts = self._attempts, self._attempts + 1
+        return number
+
+    def _name(self, number: int) -> str:
+        return f"{self._run_id}-{number:06d}"
+
+    def _give_up(self, step: int, number: int, error: BaseException) -> None:
+        """An attempt will not begin here: have the committer tell the other writers, in its turn.
+
+        Not before the store is known to hold nothing else of a run of this name, which might take
+        those words for its own.
+        """
+        self._increments.break_chain()  # its number may have been that of a base
+        if self._writers == 1 or self._closed or not 0 <= step <= MAX_STEP:
+            return
+        pipeline = self._open_pipeline()
+        try:
+            problem = self._connect(pipeline)
+        except AsymCheckError as raised:
+            problem = raised
+        if problem is not None:
+            error.add_note(f"and the other writers could not be told: {problem}")
+            return
+        attempt = failed_attempt(step, self._name(number), self._writer, self._writers, error)
+        if self._last is not None:
+            attempt.encoded = self._last.encoded  # the reference is in use until then
+        pipeline.committer.submit(attempt)
+        self._last = attempt
+
     def _new_attempt(
         self,
         step: int,
+        number: int,
         view: StateView,
         plan: Plan,
         metadata: dict[str, Any],
         pipeline: Pipeline,
     ) -> Attempt:
-        number, self._attempts = self._attempts, self._attempts + 1
+        base_step = self._increments.base_of(step, number, plan, pipeline)
+        batching = pipeline.unbatched
+        if self.strategy.batched:
+            batching = pipeline.batching(plan, has_base=base_step is not None)
+        pipeline.flush.allow(batching.puts_in_flight)
         attempt = Attempt(
             step=step,
-            name=f"{self._run_id}-{number:06d}",
+            name=self._name(number),
             writer=self._writer,
             writers=self._writers,
             plan=plan,
             structure=view.structure,
             metadata=metadata if self._writer == 0 else {},
             updates=view.updates,
-            base_step=self._increments.base_of(step, number, plan, pipeline),
+            base_step=base_step,
             predecessor_encoded=self._last.encoded if self._last is not None else None,
-            pack_nbytes=pipeline.pack_nbytes(plan.nbytes)
-            if self.strategy.batched
-            else pipeline.buffer_nbytes,
+            pack_nbytes=batching.pack_nbytes,
         )
         self._increments.begun(attempt)
         return attempt
@@ -304,7 +405,8 @@ class Checkpointer:
         chosen = self._windows(windows)
         plan = self._plan
         if plan is None or chosen != self._planned_windows or plan.signature != signature_of(view):
-            plan = make_plan(view, chosen, pipeline.buffer_nbytes)
+            block_nbytes = pipeline.block_nbytes(view.owned_nbytes)
+            plan = make_plan(view, chosen, pipeline.buffer_nbytes, block_nbytes)
             self._plan, self._planned_windows = plan, chosen
         return plan
 
@@ -340,37 +442,66 @@ class Checkpointer:
         On `CorruptionError` or `FormatError` from `fill` the next older step is tried (unless a
         step was asked for), so `fill` may be called several times.
         """
+        self.start_chain()  # the last step saved is perhaps damaged, or gone
         if step is not None:
-            return fill(open_step(self._store, step))
-        passed_over: list[int] = []
-        result = newest_good(
-            self._store,
-            lambda s: fill(open_step(self._store, s)),
-            lambda s, _: passed_over.append(s),
+            return self._tiers.read(step, lambda store: fill(open_step(store, step)))
+        passed_over: dict[str, list[int]] = {store.url: [] for store in self._tiers.stores}
+        result = self._tiers.read_newest(
+            lambda store, s: fill(open_step(store, s)),
+            lambda store, s, _: passed_over[store.url].append(s),
         )
-        self._passed_over = passed_over
+        self._passed_over = passed_over.pop(self._store.url)
+        if self._mirror is not None:
+            (damaged_there,) = passed_over.values()
+            self._mirror.pass_over(damaged_there)
         return result
 
+    @property
+    def url(self) -> str:
+        """Where the run is kept."""
+        return self._store.url
+
     def steps(self) -> list[int]:
-        """All committed steps, ascending."""
-        return committed_steps(self._store)
+        """All committed steps that can be restored, in the mirror, too, ascending.
+
+        While a mirror cannot be listed, those of the run's own store; the log says so.
+
+        Raises:
+            StoreError: the run's own store failed, or it has no step and the mirror failed.
+        """
+        return self._tiers.steps()
 
     def latest_step(self) -> int | None:
-        """The newest committed step; whether it is whole shows when it is restored."""
+        """The newest of `steps`; whether it is whole shows when it is restored."""
         return max(self.steps(), default=None)
+
+    def commit_record(self, step: int) -> CommitRecord:
+        """The commit record of a step, from the mirror if the run's own store has it not.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step.
+            CorruptionError, FormatError: it is damaged.
+            StoreError: the store failed.
+        """
+        return self._tiers.commit_record(step)
 
     def discard_after(self, step: int) -> list[int]:
         """Delete all steps later than `step`, so that training can go on from it; their numbers.
 
-        The user's decision, hence by hand: nothing else deletes good steps but the retention.
+        In the mirror first, after a copy that is under way: should it fail, the run's own steps
+        are all there. The user's decision, hence by hand: nothing else deletes good steps but the
+        retention.
+
+        Raises:
+            StoreError: a store failed; later steps may be left. Call it again.
         """
         self.wait()
-        later = [c for s, c in survey(self._store).items() if s > step]
-        for committed in sorted(later, key=lambda c: -c.step):
-            remove_step(self._store, committed)
-            self._known.pop(committed.step, None)
+        there = [] if self._mirror is None else self._mirror.discard_after(step)
+        here = remove_later(self._store, step)
+        for later in here:
+            self._known.pop(later, None)
         self.start_chain()  # the last step is perhaps one of these
-        return sorted(c.step for c in later)
+        return sorted({*here, *there})
 
     def start_chain(self) -> None:
         """The next step is stored in full: the one before may be gone when it is read."""
@@ -416,6 +547,7 @@ class Checkpointer:
 
         Raises:
             SaveFailedError: a save failed.
+            MirrorError: the mirror failed; the step is committed all the same.
             StoreError: cleaning up failed.
             ClosedError: the checkpointer is closed.
         """
@@ -456,6 +588,8 @@ class Checkpointer:
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when everything saved so far is committed; the barrier of the flush queue.
 
+        Does not wait for the mirror: `close` does.
+
         Raises:
             SaveFailedError: a save failed (with on_error="raise").
             TimeoutError: it takes longer.
@@ -472,20 +606,39 @@ class Checkpointer:
     def close(self, timeout_s: float | None = None) -> None:
         """Finish what is under way, end all threads, then raise what `wait` would.
 
+        The newest step that is due in the mirror is copied, too.
+
         Args:
-            timeout_s: give up waiting for the store after that; what is under way is then lost
-                (its threads are abandoned), and `TimeoutError` says so.
+            timeout_s: give up waiting for the stores after that, and raise `TimeoutError`. What is
+                under way is then lost (its threads are abandoned); what the mirror does not have
+                can be copied from the run's own store.
         """
         if self._closed:
             return
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         try:
-            self.wait(timeout_s)
+            try:
+                self.wait(timeout_s)
+            finally:
+                self._finish_mirror(deadline_s)
+            self.raise_errors()
         finally:
             self._closed = True
             if self._pipeline is not None:
                 self._pipeline.close(abandon=not self._all_finished())
                 self._keep_trace()
-            self._store.close()
+            for store in self._tiers.stores:
+                store.close()
+
+    def _finish_mirror(self, deadline_s: float | None) -> None:
+        left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        if self._mirror is not None and not self._mirror.close(left_s):
+            self._mirror_failed(
+                TimeoutError(
+                    f"the mirror {self._tiers.stores[-1].url} was not finished in time: "
+                    f"'asymcheck copy {self.url}' takes the rest there"
+                )
+            )
 
     def _keep_trace(self) -> None:
         """Store the trace, if that is wanted and the store is known to answer."""
@@ -533,7 +686,7 @@ class Checkpointer:
         if not steps:
             return {}
         record, _ = read_commit(self._store, steps[-1])
-        return read_manifests(self._store, record)[0].warm_start
+        return read_manifest(self._store, record, 0)[0].warm_start
 
     def _open_pipeline(self) -> Pipeline:
         """The threads and pools; started by the first save, so that readers stay light."""
@@ -543,6 +696,7 @@ class Checkpointer:
                 self._options,
                 policy=self.strategy.policy,
                 cost=self.cost,
+                bases=self._bases,
                 trace=self.trace,
                 warm_start=self._warm_start,
                 before_commit=self._before_commit,
@@ -562,6 +716,8 @@ class Checkpointer:
             self._known = survey(self._store)
             self._check_run_id()
             self._hold_lease(pipeline)
+            if self._writer == 0:  # who publishes records
+                check_conditional_puts(self._store, self._run_id, self._writer)
             self._connected = True
         except StoreError as error:
             if self._on_error == "raise":
@@ -610,18 +766,22 @@ class Checkpointer:
             self._known.pop(step, None)
         self._passed_over = []
 
-    def _after_attempt(self, attempt: Attempt) -> None:
+    def _after_attempt(self, attempt: Attempt, record: CommitRecord | None) -> None:
         """When an attempt is committed or has failed; on the committer's thread."""
-        if attempt.error is not None:
+        if record is None:
             self._increments.break_chain()
             self._log_failure(attempt)
             self._sweep()  # perhaps there was no room
             return
-        self._known[attempt.step] = Committed(
-            attempt.step, attempt.name, attempt.base_step if attempt.used_base else None
-        )
-        self._increments.note_stored(attempt, self.cost)
-        if self._writer == 0 and self._retention.max_to_keep is not None:
+        parent = record.parent.step if record.parent is not None else None  # any writer's
+        self._known[attempt.step] = Committed(attempt.step, attempt.name, parent)
+        if self._pipeline is not None:
+            self._pipeline.note_stored(attempt)
+        if self._writer != 0:
+            return
+        if self._mirror is not None:
+            self._mirror.committed(attempt.step)
+        if self._retention.max_to_keep is not None:
             self._tidy(lambda: self._apply_retention(attempt.step))
 
     def _sweep(self) -> None:
@@ -631,7 +791,8 @@ class Checkpointer:
             self._tidy(lambda: collect_orphans(self._store))
 
     def _apply_retention(self, newest: int) -> None:
-        self._known = apply(self._store, self._retention, self._known, in_use=[newest])
+        in_use = [newest, *(self._mirror.in_use if self._mirror is not None else [])]
+        self._known = apply(self._store, self._retention, self._known, in_use)
 
     def _tidy(self, work: Callable[[], object]) -> None:
         """Do what no step depends on; a failure is reported at the next call."""
@@ -639,8 +800,20 @@ class Checkpointer:
             work()
         except BaseException as error:
             _log.error("old objects could not be removed: %s", error)
-            with self._errors_lock:
-                self._background_errors.append(error)
+            self._report(error)
+
+    def _mirror_failed(self, error: BaseException) -> None:
+        _log.error("%s", error)
+        self._report(error)
+
+    def _report(self, error: BaseException) -> None:
+        """Raise it at the next call (on_error="raise")."""
+        with self._errors_lock:
+            self._background_errors.append(error)
+
+
+def _opened(place: str | os.PathLike[str] | Store) -> Store:
+    return open_store(place) if isinstance(place, str | os.PathLike) else place
 
 
 def _plain_json(metadata: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""The command `asymcheck`: look at a run's checkpoints, check, compare, export, import, clean up.
+"""The command `asymcheck`: look at a run's checkpoints, check, compare, copy, convert, clean up.
 
 Exit codes, for scripts:
 
 0  done, and nothing is wrong; for `diff`: the steps are equal
 1  `diff`: the steps differ; every other command: damage was found (missing, wrong or malformed
    bytes), of which the output or the message tells; `import`: the source would run code
-2  usage: a wrong flag or argument, no such run, step, leaf or source, the step to import exists,
-   an optional library is missing
+2  usage: a wrong flag or argument, no such run, step, leaf or source, another step of the number
+   to import or copy exists, an optional library is missing
 3  it could not be done: the store or the output file failed, or the step is of a later version;
    for `diff`: damage was found
 
@@ -37,6 +37,7 @@ from absl import app, flags, logging
 
 import asymcheck
 from asymcheck.commit import committed_steps
+from asymcheck.copying import check_distinct
 from asymcheck.errors import (
     AsymCheckError,
     CheckpointNotFoundError,
@@ -50,6 +51,7 @@ from asymcheck.errors import (
 from asymcheck.inspection import importing
 from asymcheck.inspection.collection import collect
 from asymcheck.inspection.comparison import compare
+from asymcheck.inspection.copies import copy_all, copy_newest, copy_step
 from asymcheck.inspection.costs import run_costs
 from asymcheck.inspection.export import export
 from asymcheck.inspection.export import formats as export_formats
@@ -149,8 +151,7 @@ def _show(options: Options) -> int:
 
 
 def _verify(options: Options) -> int:
-    if options.flags.all and options.flags.step is not None:
-        raise UsageError("--step and --all exclude each other")
+    _check_step_or_all(options)
     with _open(options.url) as store:
         newest = _step(store, options.flags.step)
         steps = committed_steps(store) if options.flags.all else [newest]
@@ -169,6 +170,23 @@ def _diff(options: Options) -> int:
         )
     options.show(comparison)
     return GOOD if comparison.same else BAD
+
+
+def _copy(options: Options) -> int:
+    _check_step_or_all(options)
+    step, progress = options.flags.step, options.progress
+    with _open(options.url) as source, _open(options.arguments[1]) as target:
+        try:
+            check_distinct(source, target)
+        except StoreError as error:
+            raise UsageError(str(error)) from error
+        _step(source, step)
+        if step is not None:
+            copies = copy_step(source, target, step, progress)
+        else:
+            copies = (copy_all if options.flags.all else copy_newest)(source, target, progress)
+    options.show(copies)
+    return GOOD if copies.good else BAD
 
 
 def _export(options: Options) -> int:
@@ -233,6 +251,12 @@ def _diff_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("other", None, "the run of STEP_B, if not URL", flag_values=values)
 
 
+def _copy_flags(values: flags.FlagValues) -> None:
+    help = "which step; by default the newest that is whole"
+    flags.DEFINE_integer("step", None, help, flag_values=values)
+    flags.DEFINE_bool("all", False, "all committed steps", flag_values=values)
+
+
 def _export_flags(values: flags.FlagValues) -> None:
     _step_flag(values)
     flags.DEFINE_enum("to", None, export_formats(), "format (required)", flag_values=values)
@@ -288,6 +312,14 @@ COMMANDS = {
             range(3, 4),
             _diff_flags,
             _diff,
+        ),
+        Command(
+            "copy",
+            "SOURCE TARGET",
+            "Copy a step, or all, with what they decode from, to another store; checks every byte.",
+            range(2, 3),
+            _copy_flags,
+            _copy,
         ),
         Command(
             "export",
@@ -352,6 +384,11 @@ def _step(store: Store, step: int | None) -> int:
         shown = ", ".join(map(str, steps[-8:]))
         raise UsageError(f"there is no step {step} in {store.url}; the newest are {shown}")
     return step
+
+
+def _check_step_or_all(options: Options) -> None:
+    if options.flags.all and options.flags.step is not None:
+        raise UsageError("--step and --all exclude each other")
 
 
 def _number(text: str) -> int:
@@ -438,7 +475,7 @@ def _overview() -> str:
     names = "\n".join(f"  {c.name:7} {c.summary}" for c in COMMANDS.values())
     return (
         f"usage: asymcheck COMMAND URL [flags]\n\n{names}\n\n"
-        "URL is a path or a URL of the directory that the run saves to.\n"
+        "URL is a path, or a URL (in quotes), of the place that the run saves to.\n"
         f"'asymcheck COMMAND --help' tells more.\n\n{_exit_codes()}"
     )
 

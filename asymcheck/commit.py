@@ -7,9 +7,12 @@ durable, and names the manifests by digest. Nothing else says that a step exists
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Protocol, TypeVar
 
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from asymcheck.errors import (
     CheckpointNotFoundError,
@@ -21,16 +24,19 @@ from asymcheck.errors import (
     StepExistsError,
 )
 from asymcheck.manifest import (
+    MAX_ATTEMPT,
     MAX_MANIFEST_NBYTES,
     MAX_STEP,
     MAX_WRITERS,
     Manifest,
     Record,
+    attempt_number,
     check_attempt,
     manifest_key,
     parse_manifest,
 )
 from asymcheck.records import seal, sha256, unseal
+from asymcheck.requests import each
 from asymcheck.stores.base import Store
 
 MAX_COMMIT_NBYTES = 1 << 26
@@ -40,6 +46,8 @@ MAX_CHAIN = 256
 _PREFIX = "commits/"
 _KEY = re.compile(r"commits/([0-9]{16})\.json")
 _DAMAGED_PREFIX = "damaged/"
+
+T = TypeVar("T", bound="Linked")
 
 
 class ManifestRef(Record):
@@ -60,7 +68,8 @@ class ParentRef(Record):
 class CommitRecord(Record):
     """What makes a step exist: its attempt, its manifests (one a writer), what it builds on.
 
-    `depth` is the number of steps below it in the chain: 0 for a base.
+    `depth` is the number of steps below it in the chain: 0 for a base. `base_at` is for the run's
+    other writers: the number of the attempt that all are to store as a base.
     """
 
     step: Annotated[int, Meta(ge=0, le=MAX_STEP)]
@@ -69,6 +78,30 @@ class CommitRecord(Record):
     parent: ParentRef | None
     depth: Annotated[int, Meta(ge=0, le=MAX_CHAIN)]
     created_unix_s: Annotated[float, Meta(ge=0)]
+    base_at: Annotated[int, Meta(ge=0, le=MAX_ATTEMPT)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SealedCommit:
+    """A commit record, the bytes that it is stored as, and their SHA-256."""
+
+    record: CommitRecord
+    sealed: bytes
+    sha256: str
+
+
+class Linked(Protocol):
+    """What knows its commit record, and so what it decodes from."""
+
+    @property
+    def record(self) -> CommitRecord:
+        """The record."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the record's stored bytes."""
+        ...
 
 
 def commit_key(step: int) -> str:
@@ -84,7 +117,10 @@ def committed_steps(store: Store) -> list[int]:
 
 def seal_commit(record: CommitRecord) -> bytes:
     """The stored form."""
-    return seal("commit", record)
+    members = structs.asdict(record)
+    if record.base_at is None:
+        del members["base_at"]
+    return seal("commit", members)
 
 
 def publish(store: Store, step: int, sealed: bytes) -> None:
@@ -109,7 +145,13 @@ def publish(store: Store, step: int, sealed: bytes) -> None:
 
 
 def read_commit(store: Store, step: int) -> tuple[CommitRecord, str]:
-    """A step's commit record and the SHA-256 of its stored bytes.
+    """A step's commit record and the SHA-256 of its stored bytes; see `read_sealed_commit`."""
+    commit = read_sealed_commit(store, step)
+    return commit.record, commit.sha256
+
+
+def read_sealed_commit(store: Store, step: int) -> SealedCommit:
+    """A step's commit record, checked.
 
     Raises:
         CheckpointNotFoundError: the step has no commit record.
@@ -128,7 +170,7 @@ def read_commit(store: Store, step: int) -> tuple[CommitRecord, str]:
     except (CorruptionError, FormatError) as error:
         error.step, error.object = step, key
         raise
-    return record, sha256(data)
+    return SealedCommit(record, data, sha256(data))
 
 
 def _check(record: CommitRecord, step: int) -> None:
@@ -141,6 +183,40 @@ def _check(record: CommitRecord, step: int) -> None:
         raise FormatError("the commit record's depth contradicts its parent")
     if record.parent is not None and record.parent.step >= step:
         raise FormatError("the parent is not an earlier step")
+    if record.base_at is not None and record.base_at <= attempt_number(record.attempt):
+        raise FormatError("the base that is announced is not a later attempt")
+
+
+def follow_chain(step: int, load: Callable[[int], T]) -> list[T]:
+    """What `load` gives for a step, then for those that it decodes from, down to a base.
+
+    Raises:
+        CheckpointNotFoundError: `load` does so for the step itself.
+        CorruptionError, FormatError: `load` does; or a step below is missing or replaced.
+    """
+    chain = [load(step)]
+    while (parent := chain[-1].record.parent) is not None:
+        chain.append(_load_parent(step, parent, load))
+        if chain[-1].record.depth != chain[-2].record.depth - 1:
+            raise FormatError("the depths of a chain do not count down", step=chain[-2].record.step)
+    return chain
+
+
+def _load_parent(step: int, parent: ParentRef, load: Callable[[int], T]) -> T:
+    try:
+        loaded = load(parent.step)
+    except CheckpointNotFoundError as error:
+        raise CorruptionError(
+            "a step that this one decodes from is gone", step=step, expected=f"step {parent.step}"
+        ) from error
+    if loaded.sha256 != parent.sha256:
+        raise CorruptionError(
+            "a step that this one decodes from was replaced by another",
+            step=step,
+            expected=f"step {parent.step} with commit record {parent.sha256[:16]}...",
+            found=f"{loaded.sha256[:16]}...",
+        )
+    return loaded
 
 
 def read_manifests(store: Store, record: CommitRecord) -> list[Manifest]:
@@ -149,10 +225,12 @@ def read_manifests(store: Store, record: CommitRecord) -> list[Manifest]:
     Raises:
         CorruptionError, FormatError: one is missing, damaged, malformed or not the one named.
     """
-    return [_read_manifest(store, record, writer) for writer in range(len(record.manifests))]
+    read = each(store, partial(read_manifest, store, record), range(len(record.manifests)))
+    return [manifest for manifest, _ in read]
 
 
-def _read_manifest(store: Store, record: CommitRecord, writer: int) -> Manifest:
+def read_manifest(store: Store, record: CommitRecord, writer: int) -> tuple[Manifest, bytes]:
+    """The manifest of one writer, and its stored bytes; see `read_manifests` for the errors."""
     ref = record.manifests[writer]
     if ref.key != manifest_key(record.step, record.attempt, writer):
         raise FormatError(
@@ -179,7 +257,7 @@ def _read_manifest(store: Store, record: CommitRecord, writer: int) -> Manifest:
     place = (manifest.step, manifest.attempt, manifest.writer, manifest.writers)
     if place != (record.step, record.attempt, writer, len(record.manifests)):
         raise FormatError("the manifest belongs to another step or writer", object=ref.key)
-    return manifest
+    return manifest, data
 
 
 def retire(store: Store, step: int) -> None:
@@ -198,3 +276,10 @@ def retire(store: Store, step: int) -> None:
         data = b""  # nothing that a record could be
     store.put_if_absent(f"{_DAMAGED_PREFIX}{step:016d}-{sha256(data)[:16]}.json", memoryview(data))
     store.delete(key)
+
+
+def was_retired(store: Store, step: int) -> bool:
+    """Whether objects of a damaged step of that number may still lie in the store."""
+    return any(
+        key.startswith(f"{_DAMAGED_PREFIX}{step:016d}-") for key in store.list(_DAMAGED_PREFIX)
+    )

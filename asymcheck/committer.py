@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from asymcheck.attempt import Attempt
+from asymcheck.chains import BaseSchedule
 from asymcheck.commit import (
     MAX_COMMIT_NBYTES,
     CommitRecord,
@@ -28,6 +29,7 @@ from asymcheck.commit import (
     publish,
     seal_commit,
 )
+from asymcheck.cost import CostModel
 from asymcheck.errors import (
     CommitError,
     CorruptionError,
@@ -78,9 +80,12 @@ class Committer:
         lease: must hold at the moment of the commit.
         warm_start: gives what a restart wants to know (cost model, idle profile), for the
             manifest.
+        bases: told to the other writers, or heard of from writer 0, through commit records.
+        cost: what decides on them.
         timeout_s: how long to wait for other writers.
         before_commit: called on writer 0 before the record is published.
-        after: called with every attempt when it is committed or has failed; must not raise.
+        after: called with every attempt when it is committed, with its record, or has failed, with
+            None; must not raise.
     """
 
     def __init__(
@@ -89,14 +94,18 @@ class Committer:
         lease: LeaseKeeper,
         *,
         warm_start: Callable[[], Mapping[str, Any]],
+        bases: BaseSchedule,
+        cost: CostModel,
         timeout_s: float,
         before_commit: Callable[[Attempt], None],
-        after: Callable[[Attempt], None],
+        after: Callable[[Attempt, CommitRecord | None], None],
         trace: Trace,
     ) -> None:
         self._store = store
         self._lease = lease
         self._warm_start = warm_start
+        self._bases = bases
+        self._cost = cost
         self._timeout_s = timeout_s
         self._before_commit = before_commit
         self._after = after
@@ -122,21 +131,23 @@ class Committer:
         while (attempt := self._attempts.get()) is not None:
             attempt.flushed.wait()
             begun_s = time.monotonic()
-            self._settle(attempt)
+            record = self._settle(attempt)
             self._trace.add("commit", f"step {attempt.step}", attempt.step, begun_s)
             try:
-                self._after(attempt)
+                self._after(attempt, record)
             except BaseException:  # later attempts need the thread
                 _log.exception("after step %d", attempt.step)
             finally:
                 attempt.finished.set()
 
-    def _settle(self, attempt: Attempt) -> None:
+    def _settle(self, attempt: Attempt) -> CommitRecord | None:
         """Commit it or clean up after it; never raises, since later attempts need the thread."""
         if attempt.error is None:
             try:
-                self._last = self._commit(attempt)
-                return
+                record, _ = self._last = self._commit(attempt)
+                if record.base_at is not None:
+                    self._bases.hear(record.base_at)
+                return record
             except BaseException as error:
                 attempt.fail(error)
         self._last = None
@@ -145,6 +156,7 @@ class Committer:
         except BaseException as error:
             assert attempt.error is not None
             attempt.error.add_note(f"and cleaning up failed: {error}")
+        return None
 
     def _commit(self, attempt: Attempt) -> tuple[CommitRecord, str]:
         if attempt.used_base and (self._last is None or self._last[0].step != attempt.base_step):
@@ -218,7 +230,9 @@ class Committer:
                 )
             parent = ParentRef(self._last[0].step, self._last[1])
             depth = self._last[0].depth + 1
-        return CommitRecord(attempt.step, attempt.name, refs, parent, depth, time.time())
+        base_at = self._bases.announce(attempt.number, manifests, parent is None, self._cost)
+        now_s = time.time()
+        return CommitRecord(attempt.step, attempt.name, refs, parent, depth, now_s, base_at)
 
     def _await_manifest(self, attempt: Attempt, writer: int, deadline: float) -> bytes:
         key = manifest_key(attempt.step, attempt.name, writer)
@@ -267,7 +281,8 @@ class Committer:
         what it names.
         """
         if attempt.writers > 1 and not (attempt.writer == 0 and attempt.published):
-            abort = Abort(attempt.writer, str(attempt.error)[:1000])
+            reason = str(attempt.error) or type(attempt.error).__name__
+            abort = Abort(attempt.writer, reason[:1000])
             key = _abort_key(attempt, attempt.writer)
             self._store.put_if_absent(key, memoryview(seal("abort", abort)))
         if attempt.published:

@@ -1,20 +1,21 @@
 """From captured bytes to blocks in packs: digests, codecs, and the reference kept up to date.
 
-Units arrive in the order of capture. They are coded by a few threads (unless they are stored as
-they are) and packed by one, in that order, so that the same snapshot, schedule and decisions give
-the same packs.
+Runs of units arrive in the order of capture. They are coded by a few threads (unless they are
+stored as they are) and packed by one, in that order, so that the same snapshot, schedule and
+decisions give the same packs.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+import msgspec
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from asymcheck.attempt import Attempt
 from asymcheck.buffers import Buffer, BufferPool
 from asymcheck.codecs import codec_by_name, warm_up
 from asymcheck.codecs.base import Codec, Column
+from asymcheck.codecs.kernels import COMPILING
 from asymcheck.codecs.replay import ReplayCodec
 from asymcheck.cost import CostModel
 from asymcheck.flush import FlushQueue
@@ -34,18 +36,23 @@ from asymcheck.state import dtype_of
 from asymcheck.threads import run_at_low_priority
 
 Payload = bytes | memoryview
+_NOWHERE: NDArray[np.uint8] = np.empty(0, np.uint8)
 
 MIN_CAPTURE_BUFFERS = 6
-"""What one unit, at most a buffer long, can need at once: its raw columns end a pack in one buffer
-and make up three packs more at most, none of which is sent before the unit is captured; and a
+"""What one run, at most a buffer long, can need at once: its raw columns end a pack in one buffer
+and make up packs in three more at most, none of which is sent before the run is captured; and a
 buffer with columns to be coded is held until there is another. With fewer, `place` waits in vain.
 """
 
 
-@dataclass(slots=True)
-class CapturedColumn:
-    """One source of a unit: where its bytes are captured to, and how they will be coded."""
+class CapturedColumn(msgspec.Struct, eq=False, gc=False):
+    """One source of a unit: where its bytes are captured to, and how they will be coded.
 
+    `group` is the number of the unit, in the plan.
+    """
+
+    unit: Unit
+    group: int
     source: int
     codec: Codec
     view: NDArray[np.uint8]
@@ -53,16 +60,15 @@ class CapturedColumn:
 
 
 @dataclass(slots=True)
-class CapturedUnit:
-    """A unit with room for its bytes; who has copied them says so by `note_captured`."""
+class CapturedRun:
+    """Units with room for their bytes; who has copied them says so by `note_captured`."""
 
     attempt: Attempt
-    unit: Unit
-    group: int
+    partition: int
     columns: list[CapturedColumn]
     staging: Buffer | None
-    coding: range  # the bytes to be coded, counted over all units
-    _news: threading.Condition  # of all units: one each would keep the garbage collector busy
+    coding: range  # the bytes to be coded, counted over all runs
+    _news: threading.Condition  # of all runs
     _is_captured: bool = False
 
     def note_captured(self) -> None:
@@ -77,8 +83,7 @@ class CapturedUnit:
             self._news.wait_for(lambda: self._is_captured)
 
 
-@dataclass(slots=True)
-class _Coded:
+class _Coded(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A column after coding; `payload` None if its bytes already lie in a pack."""
 
     column: CapturedColumn
@@ -86,6 +91,23 @@ class _Coded:
     payload: Payload | None
     digest: str
     raw: str
+
+
+class _Learned:
+    """What coding a run took and saved: seconds by codec, bytes by codec, kind and dtype."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.raw_nbytes: Counter[tuple[str, str, str]] = Counter()
+        self.coded_nbytes: Counter[tuple[str, str, str]] = Counter()
+
+    def tell(self, cost: CostModel) -> None:
+        """As one sample each."""
+        for codec, seconds in self.seconds.items():
+            nbytes = sum(n for (other, _, _), n in self.raw_nbytes.items() if other == codec)
+            cost.observe(f"encode:{codec}", nbytes, seconds)
+        for place, nbytes in self.raw_nbytes.items():
+            cost.observe_ratio(*place, nbytes, self.coded_nbytes[place])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +124,11 @@ class _Mark:
     last: bool
 
 
-_Item = tuple[CapturedUnit, Future[list[_Coded]] | None] | _Sealed | _Mark
+_Item = tuple[CapturedRun, Future[list[_Coded]] | None] | _Sealed | _Mark
 
 
 class Encoder:
-    """Places units in host memory before capture, and turns them into packs afterwards.
+    """Places runs in host memory before capture, and turns them into packs afterwards.
 
     A block that a codec does not make smaller is stored as it is.
 
@@ -118,9 +140,9 @@ class Encoder:
         capture_pool: for captured bytes; at least `MIN_CAPTURE_BUFFERS`.
         pack_pool: for packs of coded blocks.
         flush: where packs go.
-        threads: units coded at once.
-        max_coding_nbytes: bound on the raw bytes of units that are being coded or wait, coded, to
-            be packed: their payloads lie in memory beside the pools. One unit always may.
+        threads: runs coded at once.
+        max_coding_nbytes: bound on the raw bytes of runs that are being coded or wait, coded, to
+            be packed: their payloads lie in memory beside the pools. One run always may.
     """
 
     def __init__(
@@ -140,7 +162,7 @@ class Encoder:
         self._pack_pool = pack_pool
         self._flush = flush
         self._max_coding_nbytes = max_coding_nbytes
-        self._placed_nbytes = 0  # to be coded, of all units so far
+        self._placed_nbytes = 0  # to be coded, of all runs so far
         self._packed_nbytes = 0  # of these
         self._packing = threading.Condition()  # guards _packed_nbytes
         self._captured = threading.Condition()
@@ -169,45 +191,46 @@ class Encoder:
         self._raw_packs = PackBuilder(self._capture_pool, attempt.pack_nbytes)
         self._staging = PackBuilder(self._capture_pool, self._capture_pool.buffer_nbytes)
 
-    def place(self, attempt: Attempt, unit: Unit, group: int) -> CapturedUnit:
-        """Room for a unit's bytes, decided by the policy: in a pack if raw, else beside.
+    def place(self, attempt: Attempt, run: range) -> CapturedRun:
+        """Room for the bytes of units, decided by the policy: in a pack if raw, else beside.
 
         Raises:
             CaptureTimeoutError, ClosedError: no memory; the attempt must be given up.
         """
-        if unit.partition != self._decided_partition:
-            self._decide(attempt, unit.partition)
-        plan = attempt.plan
-        codecs = self._codecs_of(attempt, unit)
-        sizes = [unit.count * plan.itemsizes[source] for source in unit.sources]
-        coding_nbytes = sum(n for n, c in zip(sizes, codecs, strict=True) if c is not self._raw)
+        plan, partition = attempt.plan, attempt.plan.units[run.start].partition
+        if partition != self._decided_partition:
+            self._decide(attempt, partition)
+        columns: list[CapturedColumn] = []
+        coding_nbytes = 0
         sealed: list[OpenPack] = []
         try:
-            slots = [
-                self._reserve_raw(nbytes, sealed) if codec is self._raw else None
-                for codec, nbytes in zip(codecs, sizes, strict=True)
-            ]
+            for group in run:
+                unit = plan.units[group]
+                codecs = self._codecs_of(attempt, unit)
+                for source, codec in zip(unit.sources, codecs, strict=True):
+                    nbytes, slot, view = unit.count * plan.itemsizes[source], None, _NOWHERE
+                    if codec is self._raw:
+                        slot = self._reserve_raw(nbytes, sealed)
+                        view = slot.view
+                    else:
+                        coding_nbytes += nbytes
+                    columns.append(CapturedColumn(unit, group, source, codec, view, slot))
             staging = self._stage(coding_nbytes)
         except BaseException:
             for pack in sealed:
                 pack.release()
             raise
+        if staging is not None:
+            _lay_out(columns, plan.itemsizes, staging)
         coding = range(self._placed_nbytes, self._placed_nbytes + coding_nbytes)
         self._placed_nbytes = coding.stop
-        captured = CapturedUnit(
-            attempt,
-            unit,
-            group,
-            _columns(unit, codecs, sizes, slots, staging),
-            staging.pack.buffer if staging is not None else None,
-            coding,
-            self._captured,
-        )
+        buffer = staging.pack.buffer if staging is not None else None
+        captured = CapturedRun(attempt, partition, columns, buffer, coding, self._captured)
         coded = None
         if coding_nbytes or self._reference is not None:
             coded = self._executor.submit(self._code, captured, self._reference)
         self._items.put((captured, coded))
-        for pack in sealed:  # may hold columns of this very unit: sent after it, not before
+        for pack in sealed:  # may hold columns of this very run: sent after it, not before
             self._emit(attempt, pack)
         return captured
 
@@ -291,7 +314,8 @@ class Encoder:
 
     # -- coding ----------------------------------------------------------------------------
 
-    def _code(self, captured: CapturedUnit, reference: Reference | None) -> list[_Coded]:
+    def _code(self, captured: CapturedRun, reference: Reference | None) -> list[_Coded]:
+        """All columns, in their order."""
         captured.await_captured()
         attempt = captured.attempt
         if attempt.error is not None:
@@ -299,17 +323,23 @@ class Encoder:
         if reference is not None and attempt.predecessor_encoded is not None:
             attempt.predecessor_encoded.wait()  # its blocks must be in the reference first
         self._await_turn(captured.coding)
-        coded = [
-            self._store_raw(captured, c, reference) for c in captured.columns if c.slot is not None
-        ]
-        for codec, columns in _by_codec(captured.columns):
-            coded.extend(self._encode(captured, codec, columns, reference))
-        return coded
+        if not captured.coding:
+            return [self._store_raw(column, reference) for column in captured.columns]
+        coded: dict[tuple[int, int], _Coded] = {}
+        learned = _Learned()
+        for codec, columns in _together(captured.columns):
+            if codec is self._raw:
+                found = [self._store_raw(column, reference) for column in columns]
+            else:
+                found = self._encode(attempt, codec, columns, reference, learned)
+            coded.update(((c.column.group, c.column.source), c) for c in found)
+        learned.tell(self._cost)
+        return [coded[column.group, column.source] for column in captured.columns]
 
     def _await_turn(self, coding: range) -> None:
-        """Hold back while the payloads of units before this one take all the memory allowed.
+        """Hold back while the payloads of runs before this one take all the memory allowed.
 
-        The oldest unit that is not packed never waits, and all before it were begun before.
+        The oldest run that is not packed never waits, and all before it were begun before.
         """
         with self._packing:
             self._packing.wait_for(
@@ -321,37 +351,36 @@ class Encoder:
 
     def _encode(
         self,
-        captured: CapturedUnit,
+        attempt: Attempt,
         codec: Codec,
         columns: Sequence[CapturedColumn],
         reference: Reference | None,
+        learned: _Learned,
     ) -> list[_Coded]:
-        specs = [captured.attempt.plan.specs[c.source] for c in columns]
+        specs = [attempt.plan.specs[c.source] for c in columns]
         old = [
-            reference.view(captured.unit, c.source) if reference and codec.needs_base else None
+            reference.view(c.unit, c.source) if reference and codec.needs_base else None
             for c in columns
         ]
         inputs = [
             Column(spec.kind, dtype_of(spec.dtype), c.view, base)
             for spec, c, base in zip(specs, columns, old, strict=True)
         ]
-        begun_s = time.perf_counter()
+        begun_s = time.perf_counter() - COMPILING.spent_s  # which is paid for once
         payloads = codec.encode(inputs)
-        raw_nbytes = sum(c.view.nbytes for c in columns)
-        self._cost.observe(f"encode:{codec.id}", raw_nbytes, time.perf_counter() - begun_s)
-        for spec, column, payload in zip(specs, columns, payloads, strict=True):
-            self._cost.observe_ratio(
-                codec.id, spec.kind, spec.dtype, column.view.nbytes, len(payload)
-            )
+        learned.seconds[codec.id] += time.perf_counter() - COMPILING.spent_s - begun_s
+        for column, payload in zip(columns, payloads, strict=True):
+            place = (codec.id, *attempt.plan.classes[column.source])
+            learned.raw_nbytes[place] += column.view.nbytes
+            learned.coded_nbytes[place] += len(payload)
         decoded = _reconstruct(codec, inputs, payloads) if codec.lossy else [c.new for c in inputs]
         return [
-            self._store_coded(captured, codec, c, payload, new, reference)
+            self._store_coded(codec, c, payload, new, reference)
             for c, payload, new in zip(columns, payloads, decoded, strict=True)
         ]
 
     def _store_coded(
         self,
-        captured: CapturedUnit,
         codec: Codec,
         column: CapturedColumn,
         payload: Payload,
@@ -359,15 +388,13 @@ class Encoder:
         reference: Reference | None,
     ) -> _Coded:
         if len(payload) >= column.view.nbytes and not codec.joint:
-            return self._store_raw(captured, column, reference)
-        _refer(captured, column, decoded, reference)
+            return self._store_raw(column, reference)
+        _refer(column, decoded, reference)
         digests = xxhash.xxh3_128_hexdigest(payload), xxhash.xxh3_128_hexdigest(decoded.data)
         return _Coded(column, codec, payload, *digests)
 
-    def _store_raw(
-        self, captured: CapturedUnit, column: CapturedColumn, reference: Reference | None
-    ) -> _Coded:
-        _refer(captured, column, column.view, reference)
+    def _store_raw(self, column: CapturedColumn, reference: Reference | None) -> _Coded:
+        _refer(column, column.view, reference)
         payload = column.view.data if column.slot is None else None
         return _Coded(column, self._raw, payload, xxhash.xxh3_128_hexdigest(column.view.data), "")
 
@@ -383,10 +410,10 @@ class Encoder:
             else:
                 self._add(*item)
 
-    def _add(self, captured: CapturedUnit, coded: Future[list[_Coded]] | None) -> None:
+    def _add(self, captured: CapturedRun, coded: Future[list[_Coded]] | None) -> None:
         try:
-            for column in self._code(captured, None) if coded is None else coded.result():
-                self._add_block(captured, column)
+            for block in self._code(captured, None) if coded is None else coded.result():
+                self._add_block(captured.attempt, block)
         except BaseException as error:
             captured.attempt.fail(error)
         finally:
@@ -396,8 +423,8 @@ class Encoder:
                 self._packed_nbytes = captured.coding.stop
                 self._packing.notify_all()
 
-    def _add_block(self, captured: CapturedUnit, coded: _Coded) -> None:
-        attempt, slot = captured.attempt, coded.column.slot
+    def _add_block(self, attempt: Attempt, coded: _Coded) -> None:
+        column, slot = coded.column, coded.column.slot
         if slot is None:
             assert coded.payload is not None
             if self._coded_packs is None:
@@ -407,13 +434,7 @@ class Encoder:
                 self._send(attempt, sealed)
             slot.view[:] = np.frombuffer(coded.payload, np.uint8)
         attempt.add_block(
-            captured.unit,
-            coded.column.source,
-            codec=coded.codec,
-            group=captured.group,
-            slot=slot,
-            digest=coded.digest,
-            raw=coded.raw,
+            column.unit, column.source, coded.codec, column.group, slot, coded.digest, coded.raw
         )
 
     def _end(self, mark: _Mark) -> None:
@@ -447,52 +468,38 @@ class Encoder:
             done(error)
 
 
-def _columns(
-    unit: Unit,
-    codecs: Sequence[Codec],
-    sizes: Sequence[int],
-    slots: Sequence[Slot | None],
-    staging: Slot | None,
-) -> list[CapturedColumn]:
-    columns: list[CapturedColumn] = []
+def _lay_out(columns: Sequence[CapturedColumn], itemsizes: Sequence[int], staging: Slot) -> None:
+    """Give the columns that are to be coded their places, one behind the other."""
     begin = 0
-    for source, codec, nbytes, slot in zip(unit.sources, codecs, sizes, slots, strict=True):
-        if slot is not None:
-            columns.append(CapturedColumn(source, codec, slot.view, slot))
-        else:
-            assert staging is not None
-            columns.append(
-                CapturedColumn(source, codec, staging.view[begin : begin + nbytes], None)
-            )
-            begin += nbytes
-    return columns
+    for column in columns:
+        if column.slot is None:
+            end = begin + column.unit.count * itemsizes[column.source]
+            column.view = staging.view[begin:end]
+            begin = end
 
 
-def _refer(
-    captured: CapturedUnit,
-    column: CapturedColumn,
-    decoded: NDArray[np.uint8],
-    reference: Reference | None,
-) -> None:
+def _refer(column: CapturedColumn, decoded: NDArray[np.uint8], reference: Reference | None) -> None:
     """Keep what a reader will have, for the next increment."""
     if reference is not None:
-        np.copyto(reference.view(captured.unit, column.source), decoded)
+        np.copyto(reference.view(column.unit, column.source), decoded)
 
 
-def _by_codec(
+def _together(
     columns: Sequence[CapturedColumn],
 ) -> list[tuple[Codec, list[CapturedColumn]]]:
-    coded: list[tuple[Codec, list[CapturedColumn]]] = []
+    """The columns of each unit that have the same codec."""
+    found: list[tuple[Codec, list[CapturedColumn]]] = []
+    of_unit = 0  # where in `found` the unit at hand begins
     for column in columns:
-        if column.slot is not None:
-            continue
-        for codec, members in coded:
-            if codec == column.codec:
+        if found and found[-1][1][0].group != column.group:
+            of_unit = len(found)
+        for codec, members in found[of_unit:]:
+            if codec is column.codec or codec == column.codec:
                 members.append(column)
                 break
         else:
-            coded.append((column.codec, [column]))
-    return coded
+            found.append((column.codec, [column]))
+    return found
 
 
 def _reconstruct(

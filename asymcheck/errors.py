@@ -106,6 +106,10 @@ class CommitError(AsymCheckError):
     """A step could not be committed; it does not exist and its packs will be collected."""
 
 
+class MirrorError(AsymCheckError):
+    """The mirror failed; the step is committed in the run's own store. The cause is chained."""
+
+
 class CaptureTimeoutError(AsymCheckError):
     """Host memory did not become free in time: the store does not keep up or hangs."""
 

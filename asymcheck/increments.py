@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from asymcheck.attempt import Attempt
-from asymcheck.chains import ChainCost
-from asymcheck.cost import CostModel
+from asymcheck.chains import BaseSchedule
 from asymcheck.encode import MIN_CAPTURE_BUFFERS
 from asymcheck.pipeline import Pipeline
 from asymcheck.plan import Class, Plan
@@ -26,18 +25,17 @@ _log = logging.getLogger("asymcheck")
 class Increments:
     """Decides for each attempt, in order, whether it has a base; keeps the `Reference`.
 
-    Used on the training thread, but for `break_chain` and `note_stored`.
+    Used on the training thread, but for `break_chain`.
 
     Args:
         policy: whether increments are wanted at all.
-        max_chain: an increment has at most so many steps below it; None: as many as pay.
+        bases: where chains end.
     """
 
-    def __init__(self, policy: CompressionPolicy, max_chain: int | None) -> None:
+    def __init__(self, policy: CompressionPolicy, bases: BaseSchedule) -> None:
         self.reference: Reference | None = None
         self._policy = policy
-        self._max_chain = max_chain
-        self._chain = ChainCost()
+        self._bases = bases
         self._last: Attempt | None = None
         self._broken = threading.Event()
         self._dropped_in_use: threading.Event | None = None  # set when a dropped one is not read
@@ -52,23 +50,15 @@ class Increments:
         """The next attempt is a base: one failed, and those in flight on it will, too."""
         self._broken.set()
 
-    def note_stored(self, attempt: Attempt, cost: CostModel) -> None:
-        """An attempt is committed."""
-        sizes = attempt.plan.nbytes, attempt.stored_nbytes
-        self._chain.add(*sizes, is_base=not attempt.used_base, cost=cost)
-
     def forget(self) -> None:
         """Nothing builds on what the reference holds: that step may be gone."""
         if self.reference is not None:
             self.reference.holds = None
 
     def base_of(self, step: int, number: int, plan: Plan, pipeline: Pipeline) -> int | None:
-        """The step that attempt `number`, at `step`, may be an increment to; None for a base.
-
-        With a given `max_chain` bases stand at fixed numbers, so that several writers agree on
-        them without talking.
-        """
-        base = self._predecessor(step, number, plan)
+        """The step that attempt `number`, at `step`, may be an increment to; None for a base."""
+        is_base = self._bases.begin(number)
+        base = self._predecessor(step, plan, is_base=is_base)
         self._keep_reference(plan, pipeline, needed=base is not None)
         return base.step if base is not None and self.reference is not None else None
 
@@ -78,20 +68,15 @@ class Increments:
         if self.reference is not None:
             self.reference.holds = attempt.name
 
-    def _predecessor(self, step: int, number: int, plan: Plan) -> Attempt | None:
+    def _predecessor(self, step: int, plan: Plan, *, is_base: bool) -> Attempt | None:
         last, reference = self._last, self.reference
-        if self._broken.is_set():
+        if is_base or self._broken.is_set():
             self._broken.clear()  # what is set from here on is about attempts before this base
             return None
-        if last is None or reference is None or self._chain_ends(number):
+        if last is None or reference is None:
             return None
         whole = reference.holds == last.name and reference.signature == plan.signature
         return last if whole and last.error is None and last.step < step else None
-
-    def _chain_ends(self, number: int) -> bool:
-        if self._max_chain is None:
-            return self._chain.end_if_due()
-        return number % (self._max_chain + 1) == 0
 
     def _keep_reference(self, plan: Plan, pipeline: Pipeline, *, needed: bool) -> None:
         """Have a reference, or none, as the policy wants it; unless `needed` it may be dropped."""
@@ -116,7 +101,7 @@ class Increments:
         """Whether a reference would be used, and the one there is, if any, is of this plan."""
         if self.reference is not None and self.reference.signature != plan.signature:
             return False
-        if self._max_chain == 0:
+        if self._bases.max_chain == 0:
             return False
         others = _summed(partition.nbytes_by_class for partition in plan.partitions)
         replayed = _summed(partition.replayed_by_class for partition in plan.partitions)

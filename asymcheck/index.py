@@ -6,17 +6,26 @@ import itertools
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from asymcheck import tree
 from asymcheck.codecs import codec_from_manifest
 from asymcheck.codecs.base import Codec
 from asymcheck.codecs.raw import RawCodec
-from asymcheck.commit import CommitRecord, read_commit, read_manifests
-from asymcheck.errors import CheckpointNotFoundError, CodecError, CorruptionError, FormatError
+from asymcheck.commit import (
+    CommitRecord,
+    follow_chain,
+    read_manifest,
+    read_sealed_commit,
+)
+from asymcheck.errors import CodecError, FormatError
 from asymcheck.manifest import Block, CodecUse, Manifest, iterate_blocks, leaf_specs
+from asymcheck.requests import each
 from asymcheck.state import LeafSpec, ShardSpec
 from asymcheck.stores.base import Store
 
@@ -24,8 +33,7 @@ MAX_CORNERS = 1 << 22
 """Bound on the boxes of a leaf, times 2 for every dimension that they cut."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredBlock:
+class StoredBlock(msgspec.Struct, frozen=True, eq=False):
     """A block, the box that it is part of, and its codec. Compared by identity."""
 
     box: BoxIndex
@@ -61,7 +69,7 @@ class LeafIndex:
     """A leaf, its further paths, and its boxes."""
 
     spec: LeafSpec
-    aliases: list[str]
+    aliases: tuple[str, ...]
     boxes: dict[ShardSpec, BoxIndex] = field(default_factory=dict[ShardSpec, BoxIndex])
 
 
@@ -104,9 +112,33 @@ def load_index(store: Store, step: int) -> StepIndex:
         CheckpointNotFoundError: the step has no commit record.
         CorruptionError, FormatError: something is missing, damaged, malformed or incomplete.
     """
-    record, digest = read_commit(store, step)
+    commit = read_sealed_commit(store, step)
+    [index] = _load(store, [(commit.record, commit.sha256)])
+    return index
+
+
+def _load(store: Store, commits: Sequence[tuple[CommitRecord, str]]) -> list[StepIndex]:
+    """The indices of steps of which the commit records were read."""
+    refs = [(record, w) for record, _ in commits for w in range(len(record.manifests))]
+    manifests = iter(each(store, lambda ref: _manifest(store, *ref), refs))
+    found: list[StepIndex] = []
+    for record, digest in commits:
+        of_step = list(itertools.islice(manifests, len(record.manifests)))
+        with _of_step(record.step):
+            found.append(merge(record, digest, of_step))
+    return found
+
+
+def _manifest(store: Store, record: CommitRecord, writer: int) -> Manifest:
+    with _of_step(record.step):
+        return read_manifest(store, record, writer)[0]
+
+
+@contextmanager
+def _of_step(step: int) -> Generator[None]:
+    """Name the step in an error."""
     try:
-        return merge(record, digest, read_manifests(store, record))
+        yield
     except FormatError as error:
         error.step = step
         raise
@@ -136,12 +168,10 @@ def merge(record: CommitRecord, sha256: str, manifests: list[Manifest]) -> StepI
 
 def _check_aliases(index: StepIndex) -> None:
     """One path, one leaf: a writer's alias must not be another writer's leaf."""
-    paths = Counter(index.leaves.keys())
-    for leaf in index.leaves.values():
-        paths.update(leaf.aliases)
-    path, count = max(paths.items(), key=lambda item: item[1], default=("", 0))
-    if count > 1:
-        raise FormatError("a path stands for two leaves", leaf=path)
+    aliases = Counter(alias for leaf in index.leaves.values() for alias in leaf.aliases)
+    for path, count in aliases.items():
+        if count > 1 or path in index.leaves:
+            raise FormatError("a path stands for two leaves", leaf=path)
 
 
 def _check_base(index: StepIndex) -> None:
@@ -160,20 +190,23 @@ def _check_base(index: StepIndex) -> None:
 def _add(index: StepIndex, manifest: Manifest) -> None:
     specs = leaf_specs(manifest)
     for spec, leaf in zip(specs, manifest.leaves, strict=True):
-        known = index.leaves.setdefault(spec.path, LeafIndex(spec, list(leaf.aliases)))
-        if known.spec != spec or known.aliases != leaf.aliases:
+        known = index.leaves.get(spec.path)
+        if known is None:
+            index.leaves[spec.path] = LeafIndex(spec, leaf.aliases)
+        elif known.spec != spec or known.aliases != leaf.aliases:
             raise FormatError("two writers describe a leaf differently", leaf=spec.path)
     codecs = [_codec(use) for use in manifest.codecs]
     boxes = [_box(index, specs[s.leaf], s.offset, s.shape) for s in manifest.shards]
     for block in iterate_blocks(manifest):
+        box, codec = boxes[block.shard], codecs[block.codec]
         group = (manifest.writer, block.group)
-        stored = StoredBlock(boxes[block.shard], block, codecs[block.codec], group)
-        if (stored.codec.id == RawCodec.id) != (block.raw == ""):
+        stored = StoredBlock(box, block, codec, group)
+        if (codec.id == RawCodec.id) != (block.raw == ""):
             raise FormatError(
-                "a block has a second digest exactly if it is coded", leaf=stored.box.leaf.path
+                "a block has a second digest exactly if it is coded", leaf=box.leaf.path
             )
-        stored.box.blocks.append(stored)
-        if stored.codec.joint:
+        box.blocks.append(stored)
+        if codec.joint:
             together = index.groups.setdefault(group, [])
             together.append(stored)
             if stored.codec is not together[0].codec:
@@ -189,9 +222,15 @@ def _codec(use: CodecUse) -> Codec:
         raise FormatError(f"impossible parameters of codec {use.id!r}: {error}") from error
 
 
-def _box(index: StepIndex, spec: LeafSpec, offset: list[int], shape: list[int]) -> BoxIndex:
-    shard = ShardSpec(tuple(offset), tuple(shape))
-    return index.leaves[spec.path].boxes.setdefault(shard, BoxIndex(spec, shard))
+def _box(
+    index: StepIndex, spec: LeafSpec, offset: tuple[int, ...], shape: tuple[int, ...]
+) -> BoxIndex:
+    shard = ShardSpec(offset, shape)
+    boxes = index.leaves[spec.path].boxes
+    box = boxes.get(shard)
+    if box is None:
+        box = boxes[shard] = BoxIndex(spec, shard)
+    return box
 
 
 def _check_cover(leaf: LeafIndex) -> None:
@@ -226,7 +265,7 @@ def tile(shards: Sequence[ShardSpec], shape: tuple[int, ...]) -> bool:
     is determined by its mixed difference, which is +1 or -1 at each corner of each box: so the
     corners must cancel, n * 2^k of them for n boxes that cut k dimensions.
     """
-    if 0 in shape:
+    if 0 in shape or (len(shards) == 1 and shards[0].shape == shape):
         return True
     cut = [d for d, n in enumerate(shape) if any(shard.shape[d] != n for shard in shards)]
     if len(shards) << len(cut) > MAX_CORNERS:
@@ -263,26 +302,5 @@ def load_chain(store: Store, step: int) -> list[StepIndex]:
         CheckpointNotFoundError: the step itself has no commit record.
         CorruptionError, FormatError: it, or a step below it, is missing, replaced or damaged.
     """
-    chain = [load_index(store, step)]
-    while (parent := chain[-1].record.parent) is not None:
-        chain.append(_load_parent(store, step, parent.step, parent.sha256))
-        if chain[-1].record.depth != chain[-2].record.depth - 1:
-            raise FormatError("the depths of a chain do not count down", step=chain[-2].step)
-    return chain
-
-
-def _load_parent(store: Store, step: int, parent: int, sha256: str) -> StepIndex:
-    try:
-        index = load_index(store, parent)
-    except CheckpointNotFoundError as error:
-        raise CorruptionError(
-            "a step that this one decodes from is gone", step=step, expected=f"step {parent}"
-        ) from error
-    if index.sha256 != sha256:
-        raise CorruptionError(
-            "a step that this one decodes from was replaced by another",
-            step=step,
-            expected=f"step {parent} with commit record {sha256[:16]}...",
-            found=f"{index.sha256[:16]}...",
-        )
-    return index
+    commits = follow_chain(step, lambda number: read_sealed_commit(store, number))
+    return _load(store, [(commit.record, commit.sha256) for commit in commits])

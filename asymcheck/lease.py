@@ -4,14 +4,21 @@ A run keeps a small object `runs/<run>/w<writer>-<n>.json` that says until when 
 alone, and replaces it by one with a later time while it lives (every writer of a run has its
 own). Keys are never reused. Where the writer's process can be seen (same boot, same PID
 namespace) it is known at once whether it lives; elsewhere its time must have passed.
+
+Whoever copies a step of the run into this store holds such a lease, too, with a number that no
+writer has. And whoever removes objects without being a run holds one of a run of its own: a copier
+must not rely on objects that are about to go.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import secrets
 import threading
 import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated
 
 from msgspec import Meta
@@ -23,15 +30,19 @@ from asymcheck.errors import (
     FormatError,
     ObjectNotFoundError,
     ObjectTooLongError,
+    StoreFullError,
 )
-from asymcheck.manifest import Record
+from asymcheck.manifest import MAX_WRITERS, Record
 from asymcheck.records import seal, unseal
 from asymcheck.stores import process_identity
 from asymcheck.stores.base import Store
 
 _log = logging.getLogger("asymcheck")
-_KEY = re.compile(r"runs/([0-9a-z]{1,32})/w[0-9]{5,6}-[0-9]{8}\.json")
+LEASE_S = 120.0
+
+_KEY = re.compile(r"runs/([0-9a-z]{1,32})/w([0-9]{5,6})-[0-9]{8}\.json")
 _MAX_LEASE_NBYTES = 4096
+_MAX_NUMBER = 999_999
 
 
 class Lease(Record):
@@ -50,7 +61,7 @@ class LeaseKeeper:
 
     Args:
         store: where the run writes.
-        run, writer: the run's name and this writer's number in it.
+        run, writer: the run's name and this writer's (or copier's) number in it.
         lease_s: how long a run that stopped without a word is left alone, at least.
     """
 
@@ -89,6 +100,11 @@ class LeaseKeeper:
                 hint="The next save starts afresh",
             )
 
+    def is_in(self, store: Store) -> bool:
+        """Whether a store shows this lease, and so is the one in which it is held."""
+        own = f"runs/{self._run}/w{self._writer:05d}-"
+        return any(key.startswith(own) for key in store.list(f"runs/{self._run}/"))
+
     def close(self, *, abandon: bool) -> None:
         """Stop renewing and give the lease up (best effort: else it runs out).
 
@@ -125,21 +141,46 @@ class LeaseKeeper:
         return f"runs/{self._run}/w{self._writer:05d}-{sequence:08d}.json"
 
 
+def copier_number() -> int:
+    """A number for a copier's lease: above all writers' numbers, and at random."""
+    return MAX_WRITERS + secrets.randbelow(_MAX_NUMBER + 1 - MAX_WRITERS)
+
+
+@contextmanager
+def removing(store: Store) -> Generator[LeaseKeeper]:
+    """Hold a lease while removing objects outside of a run that has one."""
+    keeper = LeaseKeeper(store, secrets.token_hex(8), 0, LEASE_S)
+    try:
+        with suppress(StoreFullError):  # nor can anybody copy into it: go on and make room
+            keeper.ensure()
+        yield keeper
+    finally:
+        keeper.close(abandon=False)
+
+
 def live_runs(store: Store) -> set[str]:
     """Names of the runs whose uncommitted objects must be left alone.
 
     Leases of dead runs are removed on the way.
     """
-    alive: set[str] = set()
+    return {run for run, _ in _live_leases(store)}
+
+
+def live_removers(store: Store) -> set[str]:
+    """Names of the live runs that may be removing objects: all that do not only copy."""
+    return {run for run, number in _live_leases(store) if number < MAX_WRITERS}
+
+
+def _live_leases(store: Store) -> Iterator[tuple[str, int]]:
+    """Run and number of each; those of the dead are removed on the way."""
     for key in store.list("runs/"):
         match = _KEY.fullmatch(key)
         if match is None:
             continue
         if _is_alive(store, key):
-            alive.add(match[1])
+            yield match[1], int(match[2])
         else:
             store.delete(key)
-    return alive
 
 
 def _is_alive(store: Store, key: str) -> bool:

@@ -6,9 +6,9 @@ once, so that the reader may rely on them. docs/format.md is the normative descr
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from asymcheck import tree
 from asymcheck.errors import FormatError
 from asymcheck.records import seal, unseal
-from asymcheck.state import LeafSpec, ShardSpec, dtype_of
+from asymcheck.state import LeafSpec, dtype_of
 
 MAX_MANIFEST_NBYTES = 1 << 28
 MAX_BLOCK_NBYTES = 1 << 26
@@ -28,7 +28,9 @@ MAX_RANK = 32
 MAX_TEXT = 4096
 MAX_WRITERS = 1 << 17
 MAX_STEP = (1 << 53) - 1
+MAX_ATTEMPT = 10**12 - 1
 
+_BULK = ("leaves", "shards", "packs", "blocks")
 _ATTEMPT = re.compile(r"[0-9a-z]{1,32}-[0-9]{6,12}")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
@@ -40,21 +42,21 @@ class Record(msgspec.Struct, forbid_unknown_fields=True):
     """Base of everything that is stored as JSON."""
 
 
-class Leaf(Record):
+class Leaf(Record, gc=False):
     """A leaf: its path, dtype name, global shape, and further paths of the same leaf."""
 
     path: Text
     dtype: Text
-    shape: list[Natural]
-    aliases: list[Text] = []
+    shape: tuple[Natural, ...]
+    aliases: tuple[Text, ...] = ()
 
 
-class Shard(Record):
+class Shard(Record, gc=False):
     """A box of the leaf with that index in the manifest's `leaves`."""
 
     leaf: Natural
-    offset: list[Natural]
-    shape: list[Natural]
+    offset: tuple[Natural, ...]
+    shape: tuple[Natural, ...]
 
 
 class CodecUse(Record):
@@ -64,7 +66,7 @@ class CodecUse(Record):
     params: dict[str, Any] = {}
 
 
-class Pack(Record):
+class Pack(Record, gc=False):
     """A stored object of exactly `nbytes` bytes; blocks tile it without gaps."""
 
     key: Annotated[str, Meta(max_length=512)]
@@ -111,8 +113,7 @@ class Manifest(Record):
     warm_start: dict[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(msgspec.Struct, frozen=True, gc=False):
     """One row of `Blocks`, with its pack's key and its codec resolved."""
 
     shard: int
@@ -149,7 +150,7 @@ def pack_key(step: int, attempt: str, writer: int, sequence: int) -> str:
 
 def seal_manifest(manifest: Manifest) -> bytes:
     """The stored form."""
-    return seal("manifest", manifest)
+    return seal("manifest", manifest, _BULK)
 
 
 def parse_manifest(data: bytes, *, object: str) -> Manifest:
@@ -160,7 +161,7 @@ def parse_manifest(data: bytes, *, object: str) -> Manifest:
     """
     if len(data) > MAX_MANIFEST_NBYTES:
         raise FormatError("a manifest is too long", object=object, found=len(data))
-    manifest = unseal(data, "manifest", Manifest, object=object)
+    manifest = unseal(data, "manifest", Manifest, _BULK, object=object)
     try:
         check(manifest)
     except FormatError as error:
@@ -198,6 +199,11 @@ def check(manifest: Manifest) -> None:
 def check_attempt(attempt: str) -> None:
     """`FormatError` unless `attempt` is a plain name that can stand in a key."""
     _require(_ATTEMPT.fullmatch(attempt) is not None, "malformed attempt name", attempt)
+
+
+def attempt_number(attempt: str) -> int:
+    """The number of an attempt in its run, from its name."""
+    return int(attempt.rpartition("-")[2])
 
 
 def _require(condition: bool, message: str, found: object = None) -> None:
@@ -238,7 +244,7 @@ def _check_blocks(manifest: Manifest) -> None:
     _require(bool((codec < len(manifest.codecs)).all()), "a block names no codec")
     _require(bool((pack < len(manifest.packs)).all()), "a block names no pack")
     specs = leaf_specs(manifest)
-    sizes = _integers([ShardSpec(tuple(s.offset), tuple(s.shape)).size for s in manifest.shards])
+    sizes = _integers([math.prod(s.shape) for s in manifest.shards])
     items = _integers([specs[s.leaf].itemsize for s in manifest.shards])
     if count:
         _require(bool((length > 0).all()), "a block holds no element")
@@ -275,7 +281,7 @@ def _integers(values: list[int]) -> NDArray[np.int64]:
 
 def leaf_specs(manifest: Manifest) -> list[LeafSpec]:
     """The leaves of a manifest."""
-    return [LeafSpec(leaf.path, leaf.dtype, tuple(leaf.shape)) for leaf in manifest.leaves]
+    return [LeafSpec(leaf.path, leaf.dtype, leaf.shape) for leaf in manifest.leaves]
 
 
 def iterate_blocks(manifest: Manifest) -> Iterator[Block]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,8 +33,7 @@ class OpenPack:
         self.buffer.release()
 
 
-@dataclass(slots=True)
-class Slot:
+class Slot(msgspec.Struct, eq=False, gc=False):
     """Room for one block in a pack."""
 
     pack: OpenPack

@@ -12,6 +12,8 @@ from enum import StrEnum
 from fractions import Fraction
 from itertools import accumulate
 
+import msgspec
+
 
 class Phase(StrEnum):
     """The pass of a training step to which a window belongs."""
@@ -43,8 +45,7 @@ class Window:
             raise ValueError(f"index of a {self.phase} window is {self.index}")
 
 
-@dataclass(frozen=True, slots=True)
-class SourceGroup:
+class SourceGroup(msgspec.Struct, frozen=True, gc=False):
     """Co-located sources (weight and moments of one parameter), taken over the same elements.
 
     Attributes:
@@ -80,8 +81,7 @@ class Extent:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class GroupRange:
+class GroupRange(msgspec.Struct, frozen=True, gc=False):
     """The elements [start, start + count) of every source of the group with this index.
 
     Elements are counted as in `Extent`: from the start of the sources, not of the group's range.

@@ -5,22 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from types import EllipsisType, TracebackType
 from typing import Any, SupportsIndex, TypeVar, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from asymcheck import tree
 from asymcheck.commit import committed_steps
-from asymcheck.errors import CheckpointNotFoundError, CorruptionError, StateMismatchError
+from asymcheck.errors import (
+    AsymCheckError,
+    CheckpointNotFoundError,
+    CorruptionError,
+    StateMismatchError,
+)
 from asymcheck.index import LeafIndex, StepIndex, StoredBlock, load_chain
+from asymcheck.manifest import Pack
+from asymcheck.requests import each
 from asymcheck.reshard import Overlap, overlaps, within
-from asymcheck.restore import ChainReader, Want, newest_good
+from asymcheck.restore import ChainReader, Want
 from asymcheck.state import ArraySource, LeafSpec, ShardSpec, dtype_of, numpy_view
 from asymcheck.stores import open_store
 from asymcheck.stores.base import Store
+from asymcheck.tiers import Tiers
 
 _BATCH_NBYTES = 64 << 20
 
@@ -28,13 +36,12 @@ T = TypeVar("T")
 Index = SupportsIndex | slice | EllipsisType | tuple[Any, ...]
 
 
-def default_threads() -> int:
-    """Blocks read and decoded at once: enough to keep a disk and the cores busy."""
-    return min(16, 2 * (os.cpu_count() or 1))
+def default_threads(store: Store) -> int:
+    """Blocks read and decoded at once: enough to keep a disk and the cores busy, or a network."""
+    return store.guarantees.concurrency or min(16, 2 * (os.cpu_count() or 1))
 
 
-@dataclass(frozen=True, slots=True)
-class Destination:
+class Destination(msgspec.Struct, frozen=True, eq=False):
     """A box of a leaf, wanted in `out`: its bytes in row-major order (contiguous uint8)."""
 
     path: str
@@ -162,6 +169,11 @@ class Checkpoint(Mapping[str, LazyArray]):
         return self._chain[0].step
 
     @property
+    def url(self) -> str:
+        """Where it is read from."""
+        return self._store.url
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """What was passed to `save` as metadata."""
         return self._chain[0].metadata
@@ -200,10 +212,13 @@ class Checkpoint(Mapping[str, LazyArray]):
         wants: list[Want] = []
         moves: list[Callable[[], None]] = []
         for destination in destinations:
-            leaf = self._leaf(destination.path)
+            leaf, shard = self._leaf(destination.path), destination.shard
+            if shard in leaf.boxes:
+                wants.append(Want(leaf.spec.path, shard, 0, shard.size, destination.out))
+                continue
             wants.extend(
                 _want(leaf.spec, destination, overlap, moves)
-                for overlap in overlaps(destination.shard, list(leaf.boxes))
+                for overlap in overlaps(shard, list(leaf.boxes))
             )
         self._reader.read(wants)
         for move in moves:
@@ -223,18 +238,21 @@ class Checkpoint(Mapping[str, LazyArray]):
         Raises:
             CorruptionError: naming the first leaf, object and offset that is wrong.
         """
-        for index in self._chain:
-            for manifest in index.manifests:
-                for pack in manifest.packs:
-                    if not self._store.has_length(pack.key, pack.nbytes):
-                        raise CorruptionError(
-                            "a pack is missing or has another length",
-                            step=index.step,
-                            object=pack.key,
-                            expected=f"{pack.nbytes} bytes",
-                        )
+        packs = [
+            (index.step, pack) for index in self._chain for m in index.manifests for pack in m.packs
+        ]
+        each(self._store, lambda place: self._verify_length(*place), packs)
         for batch in _batches(self._chain[0].blocks_by_group()):
             self._reader.read([_whole_block(stored) for stored in batch])
+
+    def _verify_length(self, step: int, pack: Pack) -> None:
+        if not self._store.has_length(pack.key, pack.nbytes):
+            raise CorruptionError(
+                "a pack is missing or has another length",
+                step=step,
+                object=pack.key,
+                expected=f"{pack.nbytes} bytes",
+            )
 
     def close(self) -> None:
         """Release the store."""
@@ -291,7 +309,7 @@ def _want(
 
 def open_step(store: Store, step: int, threads: int | None = None) -> Checkpoint:
     """Open a step of a store by number; see `open_checkpoint` for the errors."""
-    return Checkpoint(store, load_chain(store, step), threads or default_threads())
+    return Checkpoint(store, load_chain(store, step), threads or default_threads(store))
 
 
 def open_checkpoint(url: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
@@ -311,7 +329,7 @@ def open_checkpoint(url: str | os.PathLike[str], step: int | None = None) -> Che
     try:
         if step is not None:
             return _open_or_list(store, step)
-        return newest_good(store, lambda s: open_step(store, s), lambda _s, _e: None)
+        return Tiers(store).read_newest(open_step, _pass_over)
     except BaseException:
         with suppress(Exception):
             store.close()
@@ -335,7 +353,13 @@ def read_step(url: str | os.PathLike[str], step: int | None, read: Callable[[Che
     with closing(open_store(url)) as store:
         if step is not None:
             return read(open_step(store, step))
-        return newest_good(store, lambda s: read(open_step(store, s)), lambda _s, _e: None)
+        return Tiers(store).read_newest(
+            lambda store, step: read(open_step(store, step)), _pass_over
+        )
+
+
+def _pass_over(_store: Store, _step: int, _error: AsymCheckError) -> None:
+    """The log tells of the damage."""
 
 
 def _open_or_list(store: Store, step: int) -> Checkpoint:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,12 +25,13 @@ _MAX_HEADER_LENGTH = 128
 T = TypeVar("T")
 
 
-def seal(kind: str, body: Any) -> bytes:
-    """The stored form of a record; the same body gives the same bytes."""
-    # Structs become dictionaries one at a time: thousands at once wake the garbage collector.
-    text = json.dumps(
-        body, separators=(",", ":"), allow_nan=False, default=msgspec.structs.asdict
-    ).encode("ascii")
+def seal(kind: str, body: Any, bulk: Collection[str] = ()) -> bytes:
+    """The stored form of a record; the same body gives the same bytes.
+
+    `bulk` names members of a `msgspec.Struct` that hold no other numbers than integers: they are
+    written faster, in the same form.
+    """
+    text = _text(body, bulk)
     return header(kind, FORMAT_VERSION, text) + text
 
 
@@ -39,8 +41,10 @@ def header(kind: str, version: int, body: bytes) -> bytes:
     return start + f"{sha256(start + body)} {len(body)}\n".encode("ascii")
 
 
-def unseal(data: bytes, kind: str, as_type: type[T], *, object: str) -> T:
-    """Check and parse a stored record.
+def unseal(
+    data: bytes, kind: str, as_type: type[T], bulk: Collection[str] = (), *, object: str
+) -> T:
+    """Check and parse a stored record; `bulk` as for `seal`.
 
     Raises:
         CorruptionError: the body is not what the header says (a torn or damaged object).
@@ -70,12 +74,53 @@ def unseal(data: bytes, kind: str, as_type: type[T], *, object: str) -> T:
             found=int(match[2]),
             hint="Read it with the AsymCheck version that wrote it, or a later one",
         )
-    return _parse(body, as_type, object)
+    record = _parse_own(body, as_type, bulk)
+    return _parse(body, as_type, object) if record is None else record
 
 
 def sha256(data: bytes) -> str:
     """Hexadecimal SHA-256."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _text(body: Any, bulk: Collection[str]) -> bytes:
+    """JSON in ASCII."""
+    if not bulk:
+        return _plain_text(body)
+    members = (
+        f'"{name}":'.encode() + (_bulk_text if name in bulk else _plain_text)(getattr(body, name))
+        for name in body.__struct_fields__
+    )
+    return b"{" + b",".join(members) + b"}"
+
+
+def _plain_text(value: Any) -> bytes:
+    # Structs become dictionaries one at a time: thousands at once wake the garbage collector.
+    return json.dumps(
+        value, separators=(",", ":"), allow_nan=False, default=msgspec.structs.asdict
+    ).encode("ascii")
+
+
+def _bulk_text(value: Any) -> bytes:
+    try:
+        text = msgspec.json.encode(value)
+    except UnicodeEncodeError:  # a lone surrogate
+        return _plain_text(value)
+    same = text.isascii() and b"\x7f" not in text  # of ASCII, only DEL is written otherwise
+    return text if same else _plain_text(value)
+
+
+def _parse_own(body: bytes, as_type: type[T], bulk: Collection[str]) -> T | None:
+    """The record, if `seal` would write it as it stands: found out much faster than by `_parse`.
+
+    Then no member is there twice and none is unknown, and every number is what it reads like.
+    Else `_parse` tells what is wrong, or that it is only written in another way.
+    """
+    try:
+        record = msgspec.json.decode(body, type=as_type)
+        return record if _text(record, bulk) == body else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _parse(body: bytes, as_type: type[T], object: str) -> T:

@@ -4,43 +4,35 @@ A job is a block (or a group of jointly coded ones) of the wanted step. It first
 with the predecessor's bytes, if its codec needs them, by jobs of the step below over the same
 range; so a chain is decoded range by range, in memory that stays in cache, and no byte is read
 for a range that a later step stores in full.
+
+Jobs are run in batches, by the place of their blocks in the packs, many at a time. What the blocks
+of a batch, those of the steps below included, have close together is read by one request first.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from asymcheck.codecs.base import Column
+from asymcheck.codecs.base import Column, max_payload_nbytes
 from asymcheck.codecs.raw import RawCodec
-from asymcheck.commit import committed_steps
-from asymcheck.errors import (
-    CheckpointNotFoundError,
-    CodecError,
-    CorruptionError,
-    FormatError,
-    ObjectNotFoundError,
-    ShortReadError,
-    UnsupportedVersionError,
-)
+from asymcheck.errors import CodecError, CorruptionError, ObjectNotFoundError, ShortReadError
 from asymcheck.index import BoxIndex, StepIndex, StoredBlock
+from asymcheck.spans import Range, Reach, Span, Spans, reach_of
 from asymcheck.state import ShardSpec, dtype_of
 from asymcheck.stores.base import Store
 
-T = TypeVar("T")
 Bytes = NDArray[np.uint8]
-_log = logging.getLogger("asymcheck")
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
+class Want(msgspec.Struct, frozen=True, eq=False):
     """Elements [start, stop) of a stored box, wanted in `out` (contiguous bytes)."""
 
     path: str
@@ -50,8 +42,7 @@ class Want:
     out: Bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(msgspec.Struct, frozen=True, eq=False):
     """Where a block is decoded to: straight into what was wanted, or beside it."""
 
     stored: StoredBlock
@@ -59,19 +50,58 @@ class _Place:
     copies: tuple[tuple[Bytes, Bytes], ...]
 
 
+_Job = list[_Place]
+"""Blocks that decode together."""
+_Read = Mapping[Range, memoryview]
+"""Stored bytes that were read together with others."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Jobs that one thread runs, and what is read for them beforehand.
+
+    `nbytes` are those of all blocks; `spans` hold most twice as many as a batch should have,
+    since the chain below a single block may be long. What is in none is read when it is needed.
+    """
+
+    spans: Spans
+    jobs: list[_Job] = field(default_factory=list[_Job])
+    nbytes: int = 0
+
+    def add(self, job: _Job, blocks: Iterable[StoredBlock]) -> None:
+        """One more job, and all blocks that it reads, those of the steps below included."""
+        reach = self.spans.reach
+        self.jobs.append(job)
+        for stored in blocks:
+            block = stored.block
+            self.nbytes += block.nbytes
+            alone = block.nbytes >= reach.alone_nbytes
+            if not alone and self.spans.nbytes + block.nbytes <= 2 * reach.span_nbytes:
+                self.spans.add(block.key, block.offset, block.nbytes)
+
+    @property
+    def is_full(self) -> bool:
+        return max(self.nbytes, self.spans.nbytes) >= self.spans.reach.span_nbytes
+
+
 class ChainReader:
     """Reads ranges of a step given the indices of its chain, target first.
+
+    Where requests travel through a network as many are under way at once as the store serves.
+    Host memory beside the `out`s: up to 16 MiB for each thread there, 2 MiB elsewhere.
 
     Args:
         store: where the packs are.
         chain: as `index.load_chain` gives it.
-        threads: blocks that are read and decoded at once.
+        threads: batches of blocks that are read and decoded at once.
     """
 
     def __init__(self, store: Store, chain: Sequence[StepIndex], threads: int) -> None:
         self._store = store
         self._chain = chain
         self._threads = threads
+        self._reach = reach_of(store)
+        self._requests = store.guarantees.concurrency
 
     def read(self, wants: Sequence[Want]) -> None:
         """Fill every `out`.
@@ -84,12 +114,31 @@ class ChainReader:
             StoreError: the store failed otherwise.
         """
         jobs = self._jobs(0, wants)
-        if self._threads == 1 or len(jobs) < 2:
-            for job in jobs:
-                self._run(0, job)
+        jobs.sort(key=_location)
+        with self._request_pool() as requests:
+            batches = self._batches(jobs, self._reach)
+            if self._threads == 1:
+                for batch in batches:
+                    self._run_batch(batch, requests)
+            else:
+                self._run_all(batches, requests)
+
+    def _request_pool(self) -> AbstractContextManager[ThreadPoolExecutor | None]:
+        """Threads that read the spans of a batch at once, where that takes a journey each."""
+        if self._requests is None:
+            return nullcontext()
+        return ThreadPoolExecutor(self._requests, "asymcheck-request")
+
+    def _run_all(self, batches: Iterator[_Batch], requests: ThreadPoolExecutor | None) -> None:
+        first = next(batches, None)
+        second = next(batches, None)
+        if first is None or second is None:
+            if first is not None:
+                self._run_batch(first, requests)
             return
         with ThreadPoolExecutor(self._threads, "asymcheck-restore") as pool:
-            futures = [pool.submit(self._run, 0, job) for job in jobs]
+            futures = [pool.submit(self._run_batch, b, requests) for b in (first, second)]
+            futures += [pool.submit(self._run_batch, b, requests) for b in batches]
             try:
                 for future in futures:
                     future.result()
@@ -97,10 +146,69 @@ class ChainReader:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _jobs(self, level: int, wants: Sequence[Want]) -> list[list[_Place]]:
+    def _batches(self, jobs: Sequence[_Job], reach: Reach) -> Iterator[_Batch]:
+        batch = _Batch(Spans(reach))
+        for job in jobs:
+            blocks: dict[int, StoredBlock] = {}
+            for place in job:
+                self._add_with_bases(0, place.stored, blocks)
+            batch.add(job, blocks.values())
+            if batch.is_full:
+                yield batch
+                batch = _Batch(Spans(reach))
+        if batch.jobs:
+            yield batch
+
+    def _add_with_bases(
+        self, level: int, stored: StoredBlock, found: dict[int, StoredBlock]
+    ) -> None:
+        """Add a block, and all that it needs of the steps below, by identity."""
+        if id(stored) in found:
+            return
+        found[id(stored)] = stored
+        if not stored.codec.needs_base or level + 1 == len(self._chain):
+            return
+        below = self._chain[level + 1]
+        leaf = below.leaves.get(stored.box.leaf.path)
+        box = None if leaf is None else leaf.boxes.get(stored.box.shard)
+        if box is None:
+            return  # which is found out when it is needed
+        for base in box.overlapping(stored.block.start, stored.block.stop):
+            for member in below.groups[base.group] if base.codec.joint else (base,):
+                self._add_with_bases(level + 1, member, found)
+
+    def _run_batch(self, batch: _Batch, requests: ThreadPoolExecutor | None) -> None:
+        read = self._read(batch.spans, requests)
+        for job in batch.jobs:
+            self._run(0, job, read)
+
+    def _read(self, spans: Spans, requests: ThreadPoolExecutor | None) -> _Read:
+        if len(spans.of_range) < 2:
+            return {}
+        every = spans.all()
+        if requests is None or len(every) < 2:
+            found = {span: self._read_span(span) for span in every}
+        else:
+            found = dict(zip(every, requests.map(self._read_span, every), strict=True))
+        return {
+            (key, offset, nbytes): data[offset - span.start :][:nbytes]
+            for (key, offset, nbytes), span in spans.of_range.items()
+            if (data := found[span]) is not None
+        }
+
+    def _read_span(self, span: Span) -> memoryview | None:
+        """None if the object is not long enough: its blocks, one by one, tell which is missing."""
+        data = np.empty(span.stop - span.start, np.uint8)
+        try:
+            self._store.get_range(span.key, span.start, data.data)
+        except (ObjectNotFoundError, ShortReadError):
+            return None
+        return data.data
+
+    def _jobs(self, level: int, wants: Sequence[Want]) -> list[_Job]:
         """The blocks that the wants touch, those that decode together in one job."""
         step = self._chain[level]
-        single: list[list[_Place]] = []
+        single: list[_Job] = []
         joint: dict[tuple[int, int], list[tuple[Want, StoredBlock]]] = {}
         for want in wants:
             for stored in _box(step, want).overlapping(want.start, want.stop):
@@ -117,11 +225,11 @@ class ChainReader:
             )
         return single
 
-    def _run(self, level: int, job: list[_Place]) -> None:
+    def _run(self, level: int, job: _Job, read: _Read) -> None:
         if job[0].stored.codec.needs_base:
-            self._fill_with_base(level, job)
+            self._fill_with_base(level, job, read)
         try:
-            self._decode(job)
+            self._decode(job, read)
         except (ObjectNotFoundError, ShortReadError, CodecError) as error:
             raise self._corrupt(level, job[0].stored, str(error.message)) from error
         except CorruptionError as error:
@@ -131,7 +239,7 @@ class ChainReader:
             for target, source in place.copies:
                 np.copyto(target, source)
 
-    def _fill_with_base(self, level: int, job: list[_Place]) -> None:
+    def _fill_with_base(self, level: int, job: _Job, read: _Read) -> None:
         if level + 1 == len(self._chain):
             raise self._corrupt(level, job[0].stored, "the block needs a base, and there is none")
         wants = [
@@ -145,38 +253,47 @@ class ChainReader:
             for place in job
         ]
         for base_job in self._jobs(level + 1, wants):
-            self._run(level + 1, base_job)
+            self._run(level + 1, base_job, read)
 
-    def _decode(self, job: list[_Place]) -> None:
+    def _decode(self, job: _Job, read: _Read) -> None:
         codec = job[0].stored.codec
         if isinstance(codec, RawCodec):
             for place in job:
-                self._fetch(place.stored, place.view)
+                self._fetch(place.stored, place.view, read)
             return
-        payloads = [self._payload(place.stored) for place in job]
+        payloads = [self._payload(place.stored, read) for place in job]
         columns = [_column(place, codec.needs_base) for place in job]
         codec.decode(columns, payloads)
         for place in job:
-            _check_digest(place.stored, place.view, place.stored.block.raw, "decoded")
+            check_digest(place.stored, place.view, place.stored.block.raw, "decoded")
 
-    def _payload(self, stored: StoredBlock) -> memoryview:
+    def _payload(self, stored: StoredBlock, read: _Read) -> memoryview:
         # The manifest's length is bounded by its pack's, which is a declared size: check it
         # against what a codec may write for so many elements before allocating.
         decoded = stored.block.count * stored.box.leaf.itemsize
-        if stored.block.nbytes > 2 * decoded + 4096:
+        if stored.block.nbytes > max_payload_nbytes(decoded):
             raise CodecError(
                 f"a payload of {stored.block.nbytes} bytes for {decoded} decoded ones is absurd"
             )
-        payload = np.empty(stored.block.nbytes, np.uint8)
-        self._fetch(stored, payload)
-        return payload.data
+        block = stored.block
+        payload = read.get((block.key, block.offset, block.nbytes))
+        if payload is None:
+            payload = np.empty(block.nbytes, np.uint8).data
+            self._store.get_range(block.key, block.offset, payload)
+        check_digest(stored, payload, block.digest, "stored")
+        return payload
 
-    def _fetch(self, stored: StoredBlock, out: Bytes) -> None:
+    def _fetch(self, stored: StoredBlock, out: Bytes, read: _Read) -> None:
+        """A raw block, into its place."""
         block = stored.block
         if out.nbytes != block.nbytes:
             raise CodecError(f"the block has {block.nbytes} bytes where {out.nbytes} are needed")
-        self._store.get_range(block.key, block.offset, out.data)
-        _check_digest(stored, out, block.digest, "stored")
+        data = read.get((block.key, block.offset, block.nbytes))
+        if data is None:
+            self._store.get_range(block.key, block.offset, out.data)
+        else:
+            out.data[:] = data
+        check_digest(stored, out, block.digest, "stored")
 
     def _corrupt(self, level: int, stored: StoredBlock, message: str) -> CorruptionError:
         return CorruptionError(
@@ -186,6 +303,11 @@ class ChainReader:
             object=stored.block.key,
             offset=stored.block.offset,
         )
+
+
+def _location(job: _Job) -> tuple[str, int]:
+    block = job[0].stored.block
+    return block.key, block.offset
 
 
 def _box(step: StepIndex, want: Want) -> BoxIndex:
@@ -225,8 +347,9 @@ def _column(place: _Place, needs_base: bool) -> Column:
     return Column(leaf.kind, dtype_of(leaf.dtype), place.view, place.view if needs_base else None)
 
 
-def _check_digest(stored: StoredBlock, data: Bytes, expected: str, which: str) -> None:
-    found = xxhash.xxh3_128_hexdigest(data.data)
+def check_digest(stored: StoredBlock, data: Bytes | memoryview, expected: str, which: str) -> None:
+    """`CorruptionError` unless the stored or decoded bytes of a block have this XXH3-128."""
+    found = xxhash.xxh3_128_hexdigest(data if isinstance(data, memoryview) else data.data)
     if found != expected:
         raise CorruptionError(
             f"the {which} bytes of a block are not the ones that were written",
@@ -237,40 +360,3 @@ def _check_digest(stored: StoredBlock, data: Bytes, expected: str, which: str) -
             found=found,
             hint="The object is damaged; older steps may be whole: see 'asymcheck verify'",
         )
-
-
-def newest_good(
-    store: Store,
-    attempt: Callable[[int], T],
-    damaged: Callable[[int, Exception], None],
-) -> T:
-    """`attempt(step)` for the newest committed step for which it does not find damage.
-
-    Steps that turn out damaged are reported to `damaged` and to the log, and passed over; one
-    that a running writer has removed meanwhile is not, since there is a newer one then. Any
-    other failure (the store is unavailable, the target does not match, the step was written by a
-    later version) is raised: it says nothing of damage.
-
-    Raises:
-        CheckpointNotFoundError: no committed step is good; the damage of the newest is chained.
-    """
-    first: Exception | None = None
-    passed_over: set[int] = set()
-    while steps := set(committed_steps(store)) - passed_over:
-        step = max(steps)
-        try:
-            return attempt(step)
-        except UnsupportedVersionError:
-            raise  # whole, but not for this reader: an older step would silently undo newer ones
-        except (CorruptionError, FormatError, CheckpointNotFoundError) as error:
-            if step not in committed_steps(store):
-                _log.warning("step %d was removed while it was read (max_to_keep)", step)
-                continue
-            _log.error("step %d cannot be restored, trying an older one: %s", step, error)
-            damaged(step, error)
-            passed_over.add(step)
-            first = first or error
-    raise CheckpointNotFoundError(
-        "there is no checkpoint" if first is None else "no checkpoint is whole",
-        hint=None if first is None else f"See 'asymcheck verify {store.url}'",
-    ) from first

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from asymcheck.commit import commit_key, committed_steps, read_commit
 from asymcheck.errors import CheckpointNotFoundError, CorruptionError, FormatError
-from asymcheck.lease import live_runs
+from asymcheck.lease import live_runs, removing
 from asymcheck.manifest import data_prefix
+from asymcheck.requests import each
 from asymcheck.stores.base import Store
 
 _DATA_KEY = re.compile(r"(data/([0-9]{16})-([0-9a-z]{1,32})-([0-9]{6,12})/)[^/]+")
@@ -78,21 +80,24 @@ class Committed:
 
 def survey(store: Store, known: Mapping[int, Committed] | None = None) -> dict[int, Committed]:
     """All committed steps; those in `known` are not read again (records never change)."""
-    found: dict[int, Committed] = {}
-    for step in committed_steps(store):
-        if known is not None and step in known:
-            found[step] = known[step]
-            continue
-        try:
-            record, _ = read_commit(store, step)
-        except CheckpointNotFoundError:
-            continue
-        except (CorruptionError, FormatError):
-            found[step] = Committed(step, None, None)
-            continue
-        parent = record.parent.step if record.parent is not None else None
-        found[step] = Committed(step, record.attempt, parent)
-    return found
+    steps = committed_steps(store)
+    known = known or {}
+    unknown = [step for step in steps if step not in known]
+    read = dict(zip(unknown, each(store, partial(_read, store), unknown), strict=True))
+    found = {step: known.get(step) or read.get(step) for step in steps}
+    return {step: committed for step, committed in found.items() if committed is not None}
+
+
+def _read(store: Store, step: int) -> Committed | None:
+    """None if the step is gone by now."""
+    try:
+        record, _ = read_commit(store, step)
+    except CheckpointNotFoundError:
+        return None
+    except (CorruptionError, FormatError):
+        return Committed(step, None, None)
+    parent = record.parent.step if record.parent is not None else None
+    return Committed(step, record.attempt, parent)
 
 
 def remove_step(store: Store, committed: Committed) -> None:
@@ -100,6 +105,15 @@ def remove_step(store: Store, committed: Committed) -> None:
     store.delete(commit_key(committed.step))
     if committed.attempt is not None:
         remove_attempt(store, committed.step, committed.attempt)
+
+
+def remove_later(store: Store, step: int) -> list[int]:
+    """Delete all steps later than `step`, the newest first; their numbers, ascending."""
+    with removing(store):
+        later = [committed for number, committed in survey(store).items() if number > step]
+        for committed in reversed(later):
+            remove_step(store, committed)
+    return [committed.step for committed in later]
 
 
 def remove_attempt(store: Store, step: int, attempt: str) -> None:
@@ -124,7 +138,8 @@ def apply(
 def collect_orphans(store: Store) -> list[str]:
     """Delete objects of attempts that no commit record names and no live run is writing.
 
-    Temporary files of dead writers go as well.
+    Temporary files of dead writers go as well. Hold a lease (that of a run, or `removing`): who
+    copies steps into this store must know that objects may go.
 
     Returns:
         The keys deleted. While any commit record is damaged nothing is collected: it might be

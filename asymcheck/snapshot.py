@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from asymcheck.attempt import Attempt, PendingSave
 from asymcheck.cost import CostModel
-from asymcheck.encode import CapturedUnit, Encoder
+from asymcheck.encode import CapturedRun, Encoder
 from asymcheck.state import LeafSource
 from asymcheck.threads import run_at_low_priority
 from asymcheck.trace import Trace
@@ -45,13 +45,14 @@ class Capture:
         self._cost = cost
         self._trace = trace
         self._taking = threading.Lock()  # guards the position and the order of placing
-        self._position = 0
+        self._position = 0  # in the plan's runs
         self._ended = False  # of the training thread only
         self._state = threading.Condition()  # guards what follows
         self._open_ordinal = -1
         self._idle = False
         self._finishing = False
         self._copying = 0
+        self._copied_s = 0.0
 
     @property
     def step(self) -> int:
@@ -71,7 +72,7 @@ class Capture:
             self._state.notify_all()
 
     def leave_window(self) -> None:
-        """The link is busy: background copying pauses at the end of the block at hand."""
+        """The link is busy: background copying pauses at the end of the blocks at hand."""
         with self._state:
             self._idle = False
 
@@ -85,7 +86,7 @@ class Capture:
             return self._state.wait_for(self._is_captured, timeout_s)
 
     def _is_captured(self) -> bool:
-        over = self._position >= len(self._attempt.plan.units) or self._attempt.error is not None
+        over = self._position >= len(self._attempt.plan.runs) or self._attempt.error is not None
         return over and self._copying == 0
 
     def add_stall(self, seconds: float) -> None:
@@ -115,6 +116,8 @@ class Capture:
         stall_s = time.monotonic() - begun_s
         self._attempt.stall_s += stall_s
         self._attempt.in_window_nbytes = self._attempt.plan.nbytes - left_nbytes
+        if self._attempt.error is None:
+            self._cost.observe("copy", self._attempt.plan.nbytes, self._copied_s)
         self._trace.add("stall", "barrier", self.step, begun_s, left_nbytes)
         self._encoder.end(self._attempt)
         self._sources = ()  # nobody reads the state any more: its memory may go
@@ -132,13 +135,14 @@ class Capture:
                     self._state.notify_all()
 
     def _await_window(self) -> bool:
-        """Wait for leave to copy a unit; False when there is nothing more to do here."""
-        units = self._attempt.plan.units
+        """Wait for leave to copy a run; False when there is nothing more to do here."""
+        plan = self._attempt.plan
         with self._state:
-            while not self._finishing and self._position < len(units):
+            while not self._finishing and self._position < len(plan.runs):
                 if self._attempt.error is not None:
                     return False
-                partition = self._attempt.plan.partitions[units[self._position].partition]
+                unit = plan.units[plan.runs[self._position].start]
+                partition = plan.partitions[unit.partition]
                 if self._idle and partition.ordinal <= self._open_ordinal:
                     self._copying += 1
                     return True
@@ -152,14 +156,14 @@ class Capture:
         return left_nbytes
 
     def _copy_next(self, *, in_window: bool) -> int | None:
-        """Capture the next unit; its bytes, or None if there is none left."""
+        """Capture the next run; its bytes, or None if there is none left."""
         captured = self._take(in_window=in_window)
         if captured is None:
             return None
         begun_s = time.monotonic()
-        unit = captured.unit
         try:
             for column in captured.columns:
+                unit = column.unit
                 self._sources[column.source].read_into(unit.start, unit.count, column.view)
         except BaseException as error:
             self._attempt.fail(error)
@@ -167,30 +171,30 @@ class Capture:
                 raise  # an interrupt of training, not a failure of the copy
         finally:
             captured.note_captured()
+        with self._state:
+            self._copied_s += time.monotonic() - begun_s
         nbytes = sum(column.view.nbytes for column in captured.columns)
-        self._cost.observe("copy", nbytes, time.monotonic() - begun_s)
-        label = f"partition {unit.partition}" + ("" if in_window else " (barrier)")
+        label = f"partition {captured.partition}" + ("" if in_window else " (barrier)")
         self._trace.add("copy", label, self.step, begun_s, nbytes)
         return nbytes
 
-    def _take(self, *, in_window: bool) -> CapturedUnit | None:
-        attempt, units = self._attempt, self._attempt.plan.units
+    def _take(self, *, in_window: bool) -> CapturedRun | None:
+        attempt, units, runs = self._attempt, self._attempt.plan.units, self._attempt.plan.runs
         with self._taking:
-            if attempt.error is not None or self._position >= len(units):
+            if attempt.error is not None or self._position >= len(runs):
                 return None
             if in_window and self._finishing:
                 return None
-            position = self._position
-            unit = units[position]
+            run = runs[self._position]
             try:
-                captured = self._encoder.place(attempt, unit, position)
-            except BaseException as error:  # room for a part of the unit may be taken already
+                captured = self._encoder.place(attempt, run)
+            except BaseException as error:  # room for a part of the run may be taken already
                 attempt.fail(error)
                 if not isinstance(error, Exception):
                     raise
                 return None
-            self._position = position + 1
-            last = self._position == len(units) or units[position + 1].partition != unit.partition
+            self._position += 1
+            last = run.stop == len(units) or units[run.stop].partition != captured.partition
             if last and self._pack_per_partition:
                 self._encoder.end_partition(attempt)
             return captured

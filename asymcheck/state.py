@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import ml_dtypes
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,6 +30,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     **{name: np.dtype(getattr(ml_dtypes, name)) for name in _ML_DTYPES},
 }
 """Every dtype of the format, by its name there. Elements are little-endian."""
+_NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}  # `dtype.name` is slow
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -39,8 +41,7 @@ def dtype_of(name: str) -> np.dtype[Any]:
         raise UnsupportedVersionError("unknown dtype", found=name[:40]) from None
 
 
-@dataclass(frozen=True, slots=True)
-class LeafSpec:
+class LeafSpec(msgspec.Struct, frozen=True, gc=False):
     """A named array of the training state, with dtype name and *global* shape."""
 
     path: str
@@ -68,8 +69,19 @@ class LeafSpec:
         return self.path.partition("/")[0]
 
 
-@dataclass(frozen=True, slots=True)
-class ShardSpec:
+MAX_KINDS = 64
+
+
+def kinds_of(leaves: Sequence[LeafSpec]) -> list[str]:
+    """The kind of each leaf; the empty one for all if there are too many to be kinds.
+
+    So it is with a state of one level, where every path has a first component of its own.
+    """
+    kinds = [leaf.kind for leaf in leaves]
+    return kinds if len(set(kinds)) <= MAX_KINDS else [""] * len(kinds)
+
+
+class ShardSpec(msgspec.Struct, frozen=True, gc=False):
     """A box of a leaf's global index space: `offset[d] <= i[d] < offset[d] + shape[d]`."""
 
     offset: tuple[int, ...]
@@ -155,6 +167,11 @@ class StateView:
     aliases: Mapping[str, Sequence[str]] = field(default_factory=dict[str, list[str]])
     updates: Mapping[str, Update] = field(default_factory=dict[str, Update])
 
+    @property
+    def owned_nbytes(self) -> int:
+        """Bytes that this writer stores."""
+        return sum(source.owned[1] * source.leaf.itemsize for source in self.sources)
+
 
 class StateAdapter(Protocol):
     """What a framework fulfils: it can show its state, and fill it from stored leaves."""
@@ -203,8 +220,9 @@ def memory_of(value: object) -> Hashable:
 
 def dtype_name(dtype: np.dtype[Any], path: str) -> str:
     """The format's name of a NumPy dtype; `UnsupportedStateError` for what it does not hold."""
-    if dtype.name in DTYPES and dtype == DTYPES[dtype.name]:
-        return dtype.name
+    name = _NAME_OF_DTYPE.get(dtype)
+    if name is not None:
+        return name
     raise UnsupportedStateError(
         f"an array of dtype {dtype.str} ({dtype.name}) cannot be stored",
         leaf=path,

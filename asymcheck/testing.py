@@ -72,7 +72,9 @@ class StoreContract:
     def test_is_a_store(self, store: Store) -> None:
         assert isinstance(store, Store)
         assert "://" in store.url
-        assert store.durable in (True, False)
+        assert store.guarantees.atomic_put
+        assert store.guarantees.conditional_put
+        assert store.guarantees.concurrency is None or store.guarantees.concurrency >= 1
 
     @pytest.mark.parametrize("nbytes", [0, 1, 511, 4096, 65536, 65537, 1 << 20, (1 << 20) + 4097])
     def test_returns_what_was_put(self, store: Store, nbytes: int) -> None:

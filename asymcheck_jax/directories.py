@@ -2,23 +2,20 @@
 
 Orbax makes a directory for each save, renames it when the save is done, and deletes it without
 asking. So a step must not need another step's directory: what an increment builds on is linked
-(hard links) into its own. Any directory can then go, be moved or be copied alone.
+(hard links) into its own, or, in an object store, there are no increments. Any directory can then
+go, be moved or be copied alone.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import threading
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from msgspec import Meta
 
-from asymcheck.commit import CommitRecord, read_commit
+from asymcheck.commit import CommitRecord
 from asymcheck.errors import (
     CommitError,
     CorruptionError,
@@ -29,9 +26,9 @@ from asymcheck.errors import (
 )
 from asymcheck.manifest import MAX_STEP, Record
 from asymcheck.records import seal, unseal
-from asymcheck.stores import LocalStore, Store
+from asymcheck.stores import Store, open_store
+from asymcheck.stores.base import Guarantees
 
-_TEMPORARY = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"(?:data|commits)/([0-9]{16})[-.].*", re.DOTALL)
 
 
@@ -70,18 +67,18 @@ class ItemDirectory:
     has_bases: bool = False
     error: BaseException | None = None
     created: threading.Event = field(default_factory=threading.Event)
-    _store: LocalStore | None = None
+    _store: Store | None = None
 
     @property
-    def opened(self) -> LocalStore:
+    def opened(self) -> Store:
         """The directory as a store; `StoreError` if it was never opened."""
         if self._store is None:
             raise StoreError("the directory was not created") from self.error
         return self._store
 
-    def open(self, path: Path) -> None:
+    def open(self, url: str) -> None:
         """The directory exists: objects may be written."""
-        self._store = LocalStore(path)
+        self._store = open_store(url)
         self.created.set()
 
     def mark(self) -> None:
@@ -105,11 +102,16 @@ class ItemDirectories:
     Leases are kept in memory: a save's directory is nobody else's.
 
     Args:
+        root: where all directories lie; a path or a URL.
         timeout_s: how long to wait until Orbax has created a directory.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, root: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        store = open_store(root)
+        # Only process 0 publishes a record, in a directory that was made for this one save.
+        self._guarantees = replace(store.guarantees, tried_first=False)
+        store.close()
         self._directories: dict[int, ItemDirectory] = {}
         self._leases: dict[str, bytes] = {}
 
@@ -119,9 +121,9 @@ class ItemDirectories:
         return "orbax:"
 
     @property
-    def durable(self) -> bool:
-        """As local files are."""
-        return True
+    def guarantees(self) -> Guarantees:
+        """Those of the place where the directories lie."""
+        return self._guarantees
 
     def begin(self, step: int) -> ItemDirectory:
         """The directory of a step about to be saved; those before the last are forgotten."""
@@ -165,10 +167,10 @@ class ItemDirectories:
     def delete(self, *keys: str) -> None:
         """See `Store.delete`."""
         for key in keys:
-            if key.startswith("runs/"):
-                self._leases.pop(key, None)
-            else:
-                self._of(key).delete(key)
+            self._leases.pop(key, None)
+        for step in {step_of(key) for key in keys} - {None}:
+            own = [key for key in keys if step_of(key) == step]
+            self._of(own[0]).delete(*own)
 
     def clear_stale_temporaries(self) -> int:
         """Nothing: Orbax removes the directories of saves that were never done."""
@@ -180,7 +182,7 @@ class ItemDirectories:
             directory.close()
         self._directories.clear()
 
-    def _of(self, key: str) -> LocalStore:
+    def _of(self, key: str) -> Store:
         return self._directory(key).opened
 
     def _directory(self, key: str) -> ItemDirectory:
@@ -210,101 +212,7 @@ def _check_bases(directory: ItemDirectory, sealed: bytes, key: str) -> None:
         )
 
 
-class HeldStep:
-    """Hard links to everything that the newest step consists of, where Orbax does not delete.
-
-    They are made before Orbax learns that the step is done, so that the next one can build on it
-    whatever happens to its directory. A hidden directory beside the steps, which Orbax ignores;
-    one that a killed process left is replaced.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.step = -1
-        self._keys: set[str] = set()
-        shutil.rmtree(path, ignore_errors=True)
-
-    def take(self, directory: ItemDirectory) -> None:
-        """Hold this step, and no other any more.
-
-        Raises:
-            StoreError: it cannot be linked; nothing is held then.
-        """
-        source = directory.opened
-        self.step = -1
-        self._keys = {*source.list("data/"), *source.list("commits/")}
-        store = LocalStore(self.path)
-        store.adopt(source.root, self._keys)
-        store.delete(*(set(store.list("")) - self._keys))
-        self.step = directory.step
-
-    def drop(self) -> None:
-        """Hold nothing."""
-        self.step = -1
-        if self._keys:
-            LocalStore(self.path).delete(*self._keys)
-            self._keys = set()
-
-    def give(self, directory: ItemDirectory) -> None:
-        """Link what is held into the directory of a step that may build on it, durably.
-
-        Raises:
-            StoreError: something of it is gone.
-        """
-        directory.opened.adopt(self.path, self._keys)
-        directory.has_bases = True
-
-    def close(self) -> None:
-        """Let go of it."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        with suppress(OSError):
-            self.path.parent.rmdir()
-
-
-def unlink_unused(directory: ItemDirectory) -> None:
-    """Remove what was linked from the step before if the step turned out to need none of it."""
-    store = directory.opened
-    record, _ = read_commit(store, directory.step)
-    if record.parent is None:
-        keys = [*store.list("data/"), *store.list("commits/")]
-        store.delete(*(key for key in keys if step_of(key) != directory.step))
-
-
 def step_of(key: str) -> int | None:
     """The step that an object belongs to; None if to none."""
     match = _STEP.fullmatch(key)
     return int(match[1]) if match is not None else None
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What the path that Orbax gives for a save says.
-
-    Attributes:
-        path: absolute.
-        root: where all steps lie.
-        item: the item's name; empty for a checkpointer without a manager.
-        number: the step's number, as far as its directory's name has one.
-    """
-
-    path: Path
-    root: Path
-    item: str
-    number: int | None
-
-    @classmethod
-    def of(cls, directory: os.PathLike[str]) -> Place:
-        """Taken apart.
-
-        Raises:
-            StoreError: it is no local path.
-        """
-        text = os.fspath(directory)
-        if "://" in text:
-            raise StoreError("AsymCheckHandler saves to local directories only", found=text)
-        path = Path(text).absolute()
-        managed = _TEMPORARY in path.parent.name
-        step = path.parent if managed else path
-        numbers = [int(n) for n in re.findall("[0-9]+", step.name.split(_TEMPORARY)[0])]
-        number = numbers[-1] if numbers and numbers[-1] <= MAX_STEP else None
-        return cls(path, step.parent, path.name.split(_TEMPORARY)[0] if managed else "", number)

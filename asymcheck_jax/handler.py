@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,35 +17,67 @@ from orbax.checkpoint import future as orbax_future
 from asymcheck.checkpointer import Checkpointer
 from asymcheck.cost import CostModel
 from asymcheck.errors import SaveFailedError, StoreError
-from asymcheck.partition import even_windows
 from asymcheck.reader import Checkpoint, open_step
 from asymcheck.snapshot import Capture
 from asymcheck.stores import open_store
 from asymcheck.strategy import Strategy
-from asymcheck_jax.directories import (
-    HeldStep,
-    ItemDirectories,
-    ItemDirectory,
-    Place,
-    read_item,
-    unlink_unused,
-)
-from asymcheck_jax.donation import note_capture
+from asymcheck_jax.capturing import WINDOWS, read_devices, spread
+from asymcheck_jax.directories import ItemDirectories, ItemDirectory, read_item
+from asymcheck_jax.held import HeldStep, unlink_unused
+from asymcheck_jax.places import Place
 from asymcheck_jax.restoring import restore_into, restore_tree, stored_shapes
-from asymcheck_jax.sources import DeviceShard, view_of
+from asymcheck_jax.sources import view_of
 
 _log = logging.getLogger("asymcheck")
-_WINDOWS = 8
 _LONGEST_PACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class _Run:
+    """What successive saves to one root share.
+
+    `held`: none in an object store, where nothing can be linked, and every step is stored in full.
+    """
+
+    checkpointer: Checkpointer
+    directories: ItemDirectories
+    held: HeldStep | None
+
+    def holds(self, step: int | None) -> bool:
+        """Whether the next step may build on this one: process 0 decides, by what it holds."""
+        return step is not None and self.held is not None and self.held.holds(step)
+
+    def hold(self, item: ItemDirectory) -> None:
+        """Protect the step before Orbax may delete it, if increments may build on it."""
+        if self.held is None:
+            return
+        try:
+            if self.checkpointer.may_build_increments:
+                self.held.take(item)
+            else:
+                self.held.drop()
+        except StoreError as error:
+            _log.warning("the next step is stored in full: %s", error)
+
+    def close(self) -> None:
+        """Finish what is under way and end all threads."""
+        self.checkpointer.close()
+        self.directories.close()
+        if self.held is not None:
+            self.held.close()
+
+
+@dataclass(frozen=True, slots=True)
 class _UnderWay:
-    """A save, from its beginning to its end."""
+    """A save, from its beginning to its end.
+
+    `on_held`: some process may build on the step that is held.
+    """
 
     place: Place
     item: ItemDirectory
     capture: Capture
+    on_held: bool
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -54,7 +86,8 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
 
     Every step's directory is whole by itself: `asymcheck.open_checkpoint` reads it, and deleting,
     moving or copying any step leaves the others as they are. An increment's predecessors are
-    linked into its directory; where the file system has no hard links every step is a base.
+    linked into its directory; where there are no hard links (on some file systems, and in object
+    stores, `gs://BUCKET/...`) every step is a base.
 
     On the CPU nothing is copied before `save` returns: JAX keeps the memory of the arrays for as
     long as AsymCheck looks at it, whether they are donated or not. On a device all copies to the
@@ -89,10 +122,8 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         self._max_chain = max_chain
         self._donation_is_held = donation_is_held
         self._timeout_s = commit_timeout_s
-        self._checkpointer: Checkpointer | None = None
-        self._directories = ItemDirectories(commit_timeout_s)
-        self._held: HeldStep | None = None  # on process 0
-        self._base_step: int | None = None  # what the next step may build on
+        self._run: _Run | None = None
+        self._committed_step: int | None = None  # the last save, unless it failed
         self._under_way: _UnderWay | None = None  # the last save, done or not
         self._last_save_s: float | None = None
 
@@ -103,7 +134,7 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
 
         Raises:
             UnsupportedStateError: the state cannot be represented; names the path.
-            StoreError: the directory is not local.
+            StoreError: the directory is in no kind of store that AsymCheck knows.
         """
         return self._begin(directory, args)
 
@@ -115,77 +146,49 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
     def _begin(self, directory: epath.Path, args: Any) -> list[Any]:
         place = Place.of(directory)
         self._abandon_last(place)
-        view = view_of(args.item, jax.process_index(), args.update)
-        checkpointer, step = self._checkpointer_for(place)
-        if self._base_step is None:
+        run, step = self._run_at(place)
+        checkpointer, on_held = run.checkpointer, run.holds(self._committed_step)
+        if not on_held:
             checkpointer.start_chain()
-        item = self._directories.begin(step)
-        capture = checkpointer.begin(
-            step, view, windows=even_windows(_WINDOWS, 0), metadata=args.metadata or {}
-        )
-        self._base_step = None  # until this one is committed
-        self._under_way = _UnderWay(place, item, capture)
-        on_device = [s for s in view.sources if isinstance(s, DeviceShard)]
-        self._read_devices(capture, on_device)
+        item = run.directories.begin(step)
+        try:
+            with checkpointer.viewing(step):
+                view = view_of(args.item, jax.process_index(), args.update)
+            capture = checkpointer.begin(step, view, windows=WINDOWS, metadata=args.metadata or {})
+        except BaseException as error:
+            item.give_up(error)  # Orbax will not go on here
+            raise
+        self._committed_step = None  # until this one is
+        self._under_way = _UnderWay(place, item, capture, on_held)
+        on_device = read_devices(capture, view, donation_is_held=self._donation_is_held)
         pace_s = self._pace_s() if on_device and self._donation_is_held else 0.0
-        commit = self._commit(checkpointer, self._under_way, pace_s)
+        commit = self._commit(run, self._under_way, pace_s)
         future = orbax_future.CommitFutureAwaitingContractedSignals(commit, name="asymcheck")
         return [future]
 
-    def _read_devices(self, capture: Capture, shards: list[DeviceShard]) -> None:
-        for shard in shards:
-            shard.start()
-        if not self._donation_is_held:
-            for shard in shards:
-                shard.fetch()
-        elif shards:
-            note_capture(capture)
-
-    async def _commit(self, checkpointer: Checkpointer, save: _UnderWay, pace_s: float) -> None:
+    async def _commit(self, run: _Run, save: _UnderWay, pace_s: float) -> None:
         """On Orbax's commit thread, once the directory exists."""
         primary, capture, item = jax.process_index() == 0, save.capture, save.item
         try:
             try:
-                item.open(save.place.path)
+                item.open(save.place.url)
                 if primary:
                     item.mark()
-                if primary and capture.base_step is not None and self._held is not None:
-                    self._held.give(item)
+                if primary and save.on_held and run.held is not None:
+                    run.held.give(item)
             except BaseException as error:
                 item.give_up(error)
                 capture.fail(error)
-            self._spread(capture, pace_s)
+            spread(capture, pace_s)
             capture.finish()
             capture.pending.wait()
             if primary:
                 if item.has_bases:
                     unlink_unused(item)
-                self._hold(checkpointer, item)
-            self._base_step = item.step if not primary or self._holds(item.step) else None
+                run.hold(item)
+            self._committed_step = item.step
         finally:
             save.done.set()
-
-    def _hold(self, checkpointer: Checkpointer, item: ItemDirectory) -> None:
-        """Protect the step before Orbax may delete it, if increments may build on it."""
-        if self._held is None:
-            return
-        try:
-            if checkpointer.may_build_increments:
-                self._held.take(item)
-            else:
-                self._held.drop()
-        except StoreError as error:
-            _log.warning("the next step is stored in full: %s", error)
-
-    def _holds(self, step: int) -> bool:
-        return self._held is not None and self._held.step == step
-
-    def _spread(self, capture: Capture, pace_s: float) -> None:
-        """Open the windows one after the other."""
-        for ordinal in range(_WINDOWS):
-            capture.enter_window(ordinal)
-            if capture.await_captured(pace_s / _WINDOWS):
-                return
 
     def _pace_s(self) -> float:
         """Over how long to spread the copies from the device.
@@ -202,7 +205,7 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         last = self._under_way
         if last is None:
             return
-        if last.place.root == place.root and last.place.item != place.item:
+        if place.is_certain and last.place.root == place.root and last.place.item != place.item:
             raise ValueError(
                 f"one AsymCheckHandler for two items, {last.place.item!r} and {place.item!r}: "
                 "give each its own"
@@ -213,8 +216,8 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
             last.item.give_up(error)
             last.done.wait(self._timeout_s)
 
-    def _checkpointer_for(self, place: Place) -> tuple[Checkpointer, int]:
-        """The checkpointer, and the step's number as far as the directory's name tells it.
+    def _run_at(self, place: Place) -> tuple[_Run, int]:
+        """Where to save, and the step's number as far as the directory's name tells it.
 
         Numbers grow within a chain; after going back to an older step a new one begins.
         """
@@ -222,38 +225,41 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         step = place.number if place.number is not None else last.item.step + 1 if last else 0
         if last is not None and (step <= last.item.step or last.place.root != place.root):
             self.close()
-        if self._checkpointer is None:
-            self._checkpointer = Checkpointer(
-                self._directories,
-                strategy=self._strategy,
-                max_host_bytes=self._max_host_bytes,
-                max_chain=self._max_chain,
-                writer=jax.process_index(),
-                writers=jax.process_count(),
-                run_id="orbax",
-                commit_timeout_s=self._timeout_s,
-                on_error="warn",
-                cost_model=CostModel(),  # no probes: there is no directory for them
-            )
-            if jax.process_index() == 0:
-                self._held = HeldStep(place.root / ".asymcheck-held" / (place.item or "item"))
-        return self._checkpointer, step
+        if self._run is None:
+            self._run = self._begin_run(place)
+        return self._run, step
+
+    def _begin_run(self, place: Place) -> _Run:
+        directories = ItemDirectories(place.root, self._timeout_s)
+        checkpointer = Checkpointer(
+            directories,
+            strategy=self._strategy,
+            max_host_bytes=self._max_host_bytes,
+            max_chain=self._max_chain if place.is_local else 0,
+            writer=jax.process_index(),
+            writers=jax.process_count(),
+            run_id="orbax",
+            commit_timeout_s=self._timeout_s,
+            on_error="warn",
+            cost_model=CostModel(),  # no probes: there is no directory for them
+        )
+        held: HeldStep | None = None
+        if place.is_local:
+            path = Path(place.root) / ".asymcheck-held" / (place.item or "item")
+            held = HeldStep(path, primary=jax.process_index() == 0)
+        return _Run(checkpointer, directories, held)
 
     def finalize(self, directory: epath.Path) -> None:
         """Nothing is left to do: the step was committed before Orbax names it."""
 
     def close(self) -> None:
         """Finish what is under way and end all threads; a later save begins anew."""
-        last, self._under_way, self._base_step = self._under_way, None, None
+        last, self._under_way, self._committed_step = self._under_way, None, None
         if last is not None:
             last.done.wait(self._timeout_s)
-        checkpointer, self._checkpointer = self._checkpointer, None
-        if checkpointer is not None:
-            checkpointer.close()
-        self._directories.close()
-        held, self._held = self._held, None
-        if held is not None:
-            held.close()
+        run, self._run = self._run, None
+        if run is not None:
+            run.close()
 
     # -- restoring -------------------------------------------------------------------------
 
@@ -264,14 +270,14 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
             StateMismatchError: the target differs; all differences are listed.
             CorruptionError, FormatError: the step is damaged.
         """
-        with open_item(os.fspath(directory)) as checkpoint:
+        with open_item(Place.of(directory).url) as checkpoint:
             if args is None or args.item is None:
                 return restore_tree(checkpoint)
             return restore_into(checkpoint, args.item, cast_dtypes=args.cast)
 
     def metadata(self, directory: epath.Path) -> Any:
         """The saved pytree with a `jax.ShapeDtypeStruct` for every array, none of which is read."""
-        with open_item(os.fspath(directory)) as checkpoint:
+        with open_item(Place.of(directory).url) as checkpoint:
             return stored_shapes(checkpoint)
 
     @classmethod
@@ -280,14 +286,14 @@ class AsymCheckHandler(ocp.AsyncCheckpointHandler):
         return "asymcheck_jax.AsymCheckHandler"
 
 
-def open_item(path: str) -> Checkpoint:
+def open_item(url: str) -> Checkpoint:
     """The step that an item's directory is for.
 
     Raises:
         CheckpointNotFoundError: it is not in the directory.
         CorruptionError, FormatError: it is damaged.
     """
-    store = open_store(path)
+    store = open_store(url)
     try:
         return open_step(store, read_item(store))
     except BaseException:

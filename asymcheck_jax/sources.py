@@ -22,10 +22,11 @@ from asymcheck.state import (
     Update,
     dtype_name,
 )
+from asymcheck_jax.recording import RECORDED
 from asymcheck_jax.trees import is_array, plain
 from asymcheck_jax.updates import OptimizerUpdate, step_in, updates_of
 
-_MEMBERS = frozenset({"params", "mu", "nu", "trace", "ema", "m", "v"})
+_MEMBERS = frozenset({"params", "mu", "nu", "trace", "ema", "m", "v", RECORDED})
 
 
 @dataclass(slots=True)

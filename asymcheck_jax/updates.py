@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from asymcheck.codecs.rules import RULES
+from asymcheck.codecs.replay import are_roles
+from asymcheck.codecs.rules import CAPTURED
 from asymcheck.state import LeafSource, Update
+from asymcheck_jax.recording import RECORDED
 
 Schedule = float | Callable[[int], Any]
 """A learning rate, or an optax schedule of the number of updates before."""
@@ -18,6 +20,7 @@ _ROLES = {
     "adam": {"params": "weight", "mu": "first", "m": "first", "nu": "second", "v": "second"},
     "lion": {"params": "weight", "mu": "first", "m": "first"},
     "sgd": {"params": "weight", "trace": "first"},
+    "descent": {"params": "weight"},
 }
 
 
@@ -88,17 +91,22 @@ class LionUpdate:
 
 @dataclass(frozen=True, slots=True)
 class SGDUpdate:
-    """An update by `optax.sgd` with momentum, with its arguments; see `AdamUpdate`."""
+    """An update by `optax.sgd`, with its arguments; see `AdamUpdate`."""
 
     learning_rate: Schedule
-    momentum: float
+    momentum: float | None = None
 
-    rule = "sgd"
+    @property
+    def rule(self) -> str:
+        """See `OptimizerUpdate`."""
+        return "descent" if self.momentum is None else "sgd"
 
     def numbers(self, step: int) -> Mapping[str, float]:
         """See `OptimizerUpdate`."""
-        rate = _rate(self.learning_rate, step)
-        return {"lr": rate, "momentum": self.momentum, "dampening": 0.0, "l2": 0.0}
+        plain = {"lr": _rate(self.learning_rate, step), "l2": 0.0}
+        if self.momentum is None:
+            return plain
+        return plain | {"momentum": self.momentum, "dampening": 0.0}
 
 
 def _rate(learning_rate: Schedule, step: int) -> float:
@@ -119,16 +127,19 @@ def updates_of(
     if not all(math.isfinite(number) for number in numbers.values()):
         return {}
     by_group: dict[str, dict[str, str]] = defaultdict(dict)
+    role_of = _ROLES[told.rule] | {RECORDED: CAPTURED}
     for source in sources:
         prefix = source.leaf.path.removesuffix(f"/{source.group}")
-        role = _ROLES[told.rule].get(prefix.rpartition("/")[2])
+        role = role_of.get(prefix.rpartition("/")[2])
         if role is not None:
-            by_group[source.group][prefix] = role
-    needed = sorted(RULES[told.rule].roles)
+            roles = by_group[source.group]
+            if role == CAPTURED:  # what was recorded last came next to the optimizer
+                by_group[source.group] = roles = {p: r for p, r in roles.items() if r != CAPTURED}
+            roles[prefix] = role
     known: dict[tuple[tuple[str, str], ...], Update] = {}
     found: dict[str, Update] = {}
     for group, roles in by_group.items():
-        if sorted(roles.values()) == needed:
+        if are_roles(told.rule, [*roles.values()]):
             key = tuple(sorted(roles.items()))
             found[group] = known.setdefault(key, Update(told.rule, key, numbers))
     return found

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,10 +20,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from asymcheck.commit import committed_steps
+from asymcheck.checkpointer import Checkpointer
 from asymcheck.errors import StateMismatchError, UnsupportedStateError
-from asymcheck.reader import Checkpoint, read_step
-from asymcheck.stores import open_store
+from asymcheck.reader import Checkpoint
 from asymcheck_torch.accelerate import attach_prepared
 from asymcheck_torch.position import Position
 from asymcheck_torch.training import TrainingCheckpointer
@@ -67,7 +65,7 @@ class AsymCheckCallback(TrainerCallback):
     ) -> None:
         self.checkpointer: TrainingCheckpointer | None = None
         self._url = url
-        self._options = options | {"every_steps": every_steps}
+        self._options: dict[str, Any] = options | {"every_steps": every_steps}
         self._extra_state = dict(extra_state or {})
         self._position: Position | None = None
         self._resume_point: _ResumePoint | None = None
@@ -85,10 +83,10 @@ class AsymCheckCallback(TrainerCallback):
             StoreError: the URL names no store, or it failed.
         """
         self.close()
-        with closing(open_store(self._url)) as store:
-            if not committed_steps(store):
+        with Checkpointer(self._url, mirror=self._options.get("mirror")) as steps:
+            if steps.latest_step() is None:
                 return None
-        self._resume_point = _ResumePoint(read_step(self._url, None, _verified_state))
+            self._resume_point = _ResumePoint(steps.restore_with(_verified_state))
         return self._resume_point.path
 
     def close(self) -> None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from asymcheck.errors import StateMismatchError
 from asymcheck.reader import Checkpoint, Destination
 from asymcheck.reshard import boxes_of_range
 from asymcheck.state import LeafSpec
 from asymcheck_torch.parts import Part, part_of, whole
+from asymcheck_torch.sharding_types import is_dtensor
 from asymcheck_torch.tensors import byte_view, identity, torch_dtype
 
 _MAX_BOUNCE_NBYTES = 256 << 20
@@ -118,7 +118,7 @@ class Matching:
 def _part_of(path: str, tensor: Held) -> Part:
     if isinstance(tensor, Part):
         return tensor
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         return part_of(tensor, path)
     return whole(tensor, 0, 1, path)
 

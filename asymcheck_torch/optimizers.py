@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from asymcheck.errors import UnsupportedStateError
 from asymcheck_torch.extras import private
+from asymcheck_torch.gradients import GRADIENTS
 from asymcheck_torch.modules import named_parameters
 from asymcheck_torch.parts import sharded_among
+from asymcheck_torch.sharding_types import is_dtensor
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
 RESERVED = frozenset(
@@ -30,6 +31,7 @@ RESERVED = frozenset(
         "module_extra",
         "optimizers",
         "engine",
+        GRADIENTS,
         "ranks",
         "world_size",
         "__numpy_leaves__",
@@ -114,7 +116,7 @@ class Parameters:
 
 def _check_alone(module: torch.nn.Module, index: int) -> None:
     """Where ranks hold parts, nothing says which part a parameter without a name would be."""
-    if sharded_among(module.modules()) or any(isinstance(p, DTensor) for p in module.parameters()):
+    if sharded_among(module.modules()) or any(map(is_dtensor, module.parameters())):
         raise UnsupportedStateError(
             f"optimizer {index} trains a parameter that is none of the sharded module's",
             hint="Shard the module before its optimizer is made, of the module's parameters only",

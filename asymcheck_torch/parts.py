@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from asymcheck.errors import UnsupportedStateError
 from asymcheck.partition import owned_range
 from asymcheck.state import ShardSpec
+from asymcheck_torch.sharding_types import is_fsdp2
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 _SPLIT_FROM_ELEMENTS = 16_384
 
@@ -88,9 +91,11 @@ def part_of(tensor: DTensor, path: str) -> Part:
     Raises:
         UnsupportedStateError: its placements are neither shards nor copies; names the path.
     """
+    from torch.distributed.tensor import Replicate, Shard
+
     local, mesh = tensor.to_local(), tensor.device_mesh
     coordinate = mesh.get_coordinate()
-    if coordinate is None or any(not _is_known(p) for p in tensor.placements):
+    if coordinate is None or any(type(p) not in (Shard, Replicate) for p in tensor.placements):
         raise UnsupportedStateError(
             f"a DTensor placed {tensor.placements} cannot be stored",
             leaf=path,
@@ -114,10 +119,6 @@ def part_of(tensor: DTensor, path: str) -> Part:
     return Part(local, tuple(tensor.shape), box, 0, replica, replicas, id(tensor))
 
 
-def _is_known(placement: Placement) -> bool:
-    return type(placement) in (Shard, Replicate)
-
-
 def _cut(offset: list[int], shape: list[int], dim: int, parts: int, at: int) -> None:
     """Cut a box into `parts` along a dimension as torch does: equal ones but for the last."""
     share = -(-shape[dim] // parts)
@@ -128,7 +129,7 @@ def _cut(offset: list[int], shape: list[int], dim: int, parts: int, at: int) -> 
 
 def sharded_among(modules: Iterable[nn.Module]) -> list[FSDPModule]:
     """Those that FSDP2 shards."""
-    return [module for module in modules if isinstance(module, FSDPModule)]
+    return [module for module in modules if is_fsdp2(module)]
 
 
 def reshard(module: nn.Module) -> None:

@@ -7,20 +7,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from zlib import crc32
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from asymcheck import tree
 from asymcheck.errors import UnsupportedStateError
-from asymcheck.state import LeafSource, LeafSpec, ShardSpec, StateView, Update
+from asymcheck.state import LeafSource, StateView, Update
 from asymcheck_torch import rng
 from asymcheck_torch.extras import Extra, Moment, private
+from asymcheck_torch.gradients import GRADIENTS
 from asymcheck_torch.modules import module_extra, named_buffers, renormed_in_forward
 from asymcheck_torch.optimizers import RESERVED
 from asymcheck_torch.parts import Part, part_of, reshard, share, whole
+from asymcheck_torch.sharding_types import is_dtensor
 from asymcheck_torch.tensors import (
     DeviceClocks,
     SteadyCopies,
@@ -62,6 +61,7 @@ class TrainingState:
         params        {name: tensor}, tied ones under each name
         buffers       {name: tensor}, the persistent ones
         exp_avg, ...  {parameter name: tensor}, one entry for each key of the optimizer's state
+        gradients     {parameter name: tensor}, those of the update, if they are captured
         optimizers    [{param_groups, other, shared}], what is no tensor of a parameter
         module_extra  {module name: get_extra_state()}
         engine        counters, loss scale and schedule of an engine such as DeepSpeed's
@@ -232,38 +232,18 @@ class TrainingState:
 def _part_of(path: str, value: torch.Tensor | Part, replica: int, replicas: int) -> Part:
     if isinstance(value, Part):
         return value
-    if isinstance(value, DTensor):
+    if is_dtensor(value):
         return part_of(value, path)
     return whole(value, replica, replicas, identity(value))
 
 
 def _dense(value: torch.Tensor | Part) -> torch.Tensor:
     """A tensor that is copied whole; `UnsupportedStateError` for a part of one."""
-    if isinstance(value, Part | DTensor):
+    if isinstance(value, Part) or is_dtensor(value):
         raise UnsupportedStateError(
             "an embedding with max_norm changes in the forward pass and cannot be sharded"
         )
     return value
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    """A source that fails when it is read."""
-
-    error: Exception
-    leaf = LeafSpec("refused", "uint8", (1,))
-    shard = ShardSpec.whole((1,))
-    group = "refused"
-    owned = (0, 1)
-
-    def read_into(self, start: int, count: int, out: NDArray[np.uint8]) -> None:
-        """Raise the error."""
-        raise self.error
-
-
-def refused(error: Exception) -> StateView:
-    """The view of a rank that cannot show its state: the other ranks learn that, and why."""
-    return StateView({"dict": []}, (_Refused(error),))
 
 
 def _group_of(name: str) -> str:
@@ -273,7 +253,7 @@ def _group_of(name: str) -> str:
 
 def _group(kind: str, name: str, path: str, value: object) -> str:
     """What moves together: the leaves of a parameter; all numbers of a kind (`step`)."""
-    if kind in RESERVED - {"params"}:
+    if kind in RESERVED - {"params", GRADIENTS}:
         return path
     return name if cast("torch.Tensor | Part", value).ndim else kind
 

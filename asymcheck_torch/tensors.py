@@ -9,7 +9,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -17,6 +16,7 @@ from asymcheck.errors import SaveFailedError, UnsupportedStateError
 from asymcheck.state import DTYPES, ArraySource, LeafSpec, ShardSpec, memory_of
 from asymcheck.state import dtype_name as array_dtype_name
 from asymcheck_torch.parts import Part
+from asymcheck_torch.sharding_types import is_dtensor
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in DTYPES if hasattr(torch, name)
@@ -47,7 +47,7 @@ def identity(value: object) -> Hashable:
     """Equal for tensors (or arrays) over the same memory with the same layout: one leaf."""
     if isinstance(value, Part):
         return value.key
-    if isinstance(value, DTensor):
+    if is_dtensor(value):
         return id(value), value.to_local().data_ptr()
     if not isinstance(value, torch.Tensor):
         return memory_of(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from asymcheck.state import LeafSpec, Update
 from asymcheck_torch.extras import map_arrays
+from asymcheck_torch.gradients import GRADIENTS, Gradients, spoils_gradients
 from asymcheck_torch.matching import Held, Matching
 from asymcheck_torch.numbers import is_torch, read_numbers
 from asymcheck_torch.optimizers import (
@@ -53,9 +54,9 @@ class Trained(Protocol):
         ...
 
     def tensors(self) -> Live:
-        """{kind: {name: tensor}} of `params` and the optimizers' tensors, the live ones.
+        """{kind: {name: tensor}} of `params`, the optimizers' tensors and captured gradients.
 
-        They change only in updates.
+        They are the live ones (of gradients copies), and change only in updates.
         """
         ...
 
@@ -103,6 +104,7 @@ class ModuleAndOptimizers:
 
     module: nn.Module
     optimizers: Sequence[Optimizer]
+    gradients: Gradients | None = None
 
     @property
     def is_updated(self) -> bool:
@@ -122,6 +124,10 @@ class ModuleAndOptimizers:
         found: dict[str, Mapping[str, torch.Tensor]] = {"params": parameters.by_name}
         for index, optimizer in enumerate(self.optimizers):
             found |= tensor_state(optimizer, index, parameters)
+        if self.gradients is not None:
+            trained = _parameters_of(self.optimizers)
+            names = parameters.name_of
+            found[GRADIENTS] = {names[id(p)]: self.gradients.of(p) for p in trained}
         return found
 
     def records(self, copy: Copy) -> list[dict[str, Any]]:
@@ -145,7 +151,7 @@ class ModuleAndOptimizers:
         """
         copies: dict[str, torch.Tensor] = {}
         masters: dict[str, torch.Tensor] = {}
-        trained = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        trained = {id(parameter) for parameter in _parameters_of(self.optimizers)}
         for name, parameter in self._parameters().distinct():
             if _OF_OPTIMIZER_ONLY.fullmatch(name) and parameter.dtype == torch.float32:
                 masters[name] = parameter
@@ -184,7 +190,36 @@ class ModuleAndOptimizers:
         last = self.optimizers[-1]
         for optimizer in self.optimizers:
             yield optimizer.register_step_pre_hook(lambda *_: before())
+            if self.gradients is not None:
+                yield from hook_gradients(optimizer, self.gradients)
         yield last.register_step_post_hook(lambda *_: after())
+
+
+def hook_gradients(
+    optimizer: Optimizer, gradients: Gradients
+) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Take them after the step: a closure makes them in it, and fused optimizers unscale them."""
+
+    def takes_before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        has_closure = any(callable(each) for each in (*args[1:], *kwargs.values()))
+        return spoils_gradients(optimizer) and not has_closure
+
+    def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if takes_before(args, kwargs):
+            gradients.take(_parameters_of([optimizer]))
+
+    def after(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not takes_before(args, kwargs):
+            gradients.take(_parameters_of([optimizer]))
+
+    yield optimizer.register_step_pre_hook(before)
+    yield optimizer.register_step_post_hook(after)
+
+
+def _parameters_of(optimizers: Iterable[Optimizer]) -> Iterator[torch.Tensor]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
 
 
 def _updates(
@@ -198,9 +233,7 @@ def _updates(
     by_step: dict[float, Update | None] = {}
     found: dict[str, Update] = {}
     for name, parameter in zip(parameters.of_group(group), group["params"], strict=True):
-        if not (state := optimizer.state.get(parameter)):
-            continue
-        number = step_of(state, step)
+        number = step_of(optimizer.state.get(parameter, {}), step)
         if number not in by_step:
             by_step[number] = update_of(optimizer, index, group, number)
         if (update := by_step[number]) is not None:

@@ -15,22 +15,22 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from asymcheck.agreement import restore_together
 from asymcheck.buffers import page_aligned
 from asymcheck.checkpointer import Checkpointer
-from asymcheck.errors import AsymCheckError, SaveFailedError, UnsupportedStateError
+from asymcheck.errors import AsymCheckError, SaveFailedError
 from asymcheck.partition import Phase
 from asymcheck.reader import Checkpoint
 from asymcheck.snapshot import Capture
-from asymcheck.state import StateView
 from asymcheck.strategy import Strategy
-from asymcheck_torch.agreement import restore_together
 from asymcheck_torch.collectives import observe_collectives
 from asymcheck_torch.extras import named_extras
+from asymcheck_torch.gradients import Gradients
 from asymcheck_torch.modules import changes_in_forward, is_compiled, unwrap, visible
 from asymcheck_torch.optimizers import check_optimizer
 from asymcheck_torch.parts import sharded_among
 from asymcheck_torch.restore import read_into
-from asymcheck_torch.state import TrainingState, refused
+from asymcheck_torch.state import TrainingState
 from asymcheck_torch.tensors import cuda_devices, pinned
 from asymcheck_torch.trained import ModuleAndOptimizers, Trained
 from asymcheck_torch.windows import (
@@ -53,6 +53,7 @@ def attach(
     *,
     url: str | os.PathLike[str],
     every_steps: int = 1,
+    capture_gradients: bool = False,
     strategy: str | Strategy = "asymcheck",
     extra_state: Any = None,
     max_to_keep: int | None = 5,
@@ -63,6 +64,10 @@ def attach(
     process_group: torch.distributed.ProcessGroup | None = None,
     stall_timeout_s: float = 300.0,
     commit_timeout_s: float = 300.0,
+    mirror: str | os.PathLike[str] | None = None,
+    mirror_every: int = 1,
+    mirror_max_to_keep: int | None = 5,
+    mirror_keep_every: int | None = None,
     keep_trace: bool = False,
 ) -> TrainingCheckpointer:
     """Checkpoint a training loop, which stays as it is.
@@ -102,6 +107,13 @@ def attach(
             only: the module and the extra state given, nothing else.
         url: where to keep the checkpoints: a path or a URL.
         every_steps: checkpoint steps that are multiples of this.
+        capture_gradients: keep the gradients of every update in its checkpoint, too, reduced,
+            unscaled and clipped, under `gradients`. Takes a copy of them beside the parameters,
+            and one more tensor of each parameter in host memory and in full steps. Increments
+            take about as much as without, since everything else follows from the gradient; less
+            where moments are kept in low precision; more where weights are all that is kept.
+            Parameters that an update leaves alone have zeros. They are not restored. (Of torch's
+            SGD with Nesterov momentum whose `step` is given a closure they are what it leaves.)
         strategy: "asymcheck", "asymcheck-s", "asymcheck-naive", "synchronous" or a `Strategy`.
         extra_state: a mapping of names to such objects, or one such object.
         max_to_keep, keep_every, max_host_bytes, max_chain: as for `asymcheck.Checkpointer`.
@@ -109,6 +121,8 @@ def attach(
             ("raise"), before anything of the model changes; or it is logged ("warn").
         process_group: ranks that hold the same parameters, if `module` is no DDP.
         stall_timeout_s, commit_timeout_s, keep_trace: as for `asymcheck.Checkpointer`.
+        mirror, mirror_every, mirror_max_to_keep, mirror_keep_every: as for
+            `asymcheck.Checkpointer`; of several ranks, which must share `url`, rank 0 copies.
 
     Raises:
         UnsupportedStateError: an optimizer with a state of its own kind.
@@ -123,13 +137,14 @@ def attach(
     optimizers = list(optimizer or [])
     for each in optimizers:
         check_optimizer(each)
+    gradients = Gradients() if capture_gradients else None
     if is_engine(module):
         if optimizers or process_group is not None:
             raise ValueError("an engine has its own optimizer and process group: give neither")
-        trained, world = _engine(module)
+        trained, world = _engine(module, gradients)
     else:
         world = World.of(module, process_group)
-        trained = ModuleAndOptimizers(unwrap(module), optimizers)
+        trained = ModuleAndOptimizers(unwrap(module), optimizers, gradients)
     on_cuda = bool(cuda_devices(module.parameters()))
     checkpointer = Checkpointer(
         url,
@@ -144,13 +159,19 @@ def attach(
         run_id=world.fresh_name(),
         stall_timeout_s=stall_timeout_s,
         commit_timeout_s=commit_timeout_s,
+        mirror=mirror,
+        mirror_every=mirror_every,
+        mirror_max_to_keep=mirror_max_to_keep,
+        mirror_keep_every=mirror_keep_every,
         keep_trace=keep_trace,
         allocate=pinned if on_cuda else page_aligned,
     )
     state = TrainingState(trained, named_extras(extra_state), world)
     clock = CudaClock() if on_cuda else HostClock()
     hooked: Any = module.module if is_engine(module) else module
-    return TrainingCheckpointer(checkpointer, state, hooked, clock, every_steps, on_error)
+    return TrainingCheckpointer(
+        checkpointer, state, hooked, clock, every_steps, on_error, gradients
+    )
 
 
 def is_engine(module: nn.Module) -> bool:
@@ -159,11 +180,11 @@ def is_engine(module: nn.Module) -> bool:
     return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
 
 
-def _engine(engine: Any) -> tuple[Trained, World]:
+def _engine(engine: Any, gradients: Gradients | None) -> tuple[Trained, World]:
     from asymcheck_torch.deepspeed.engine import Engine
 
     world = World.of(engine.module, engine.seq_data_parallel_group)
-    return Engine.of(engine, world.rank, world.size), world
+    return Engine.of(engine, world.rank, world.size, gradients), world
 
 
 class TrainingCheckpointer:
@@ -186,6 +207,7 @@ class TrainingCheckpointer:
         clock: WindowClock,
         every_steps: int,
         on_error: str,
+        gradients: Gradients | None,
     ) -> None:
         self.step = 0
         self.stall_s: dict[int, float] = {}
@@ -194,10 +216,11 @@ class TrainingCheckpointer:
         self._module = module  # as the loop calls it, with its wrappers
         self._every_steps = every_steps
         self._raises = on_error == "raise"
+        self._gradients = gradients
         self._cycle = Cycle(clock, checkpointer)
         self._due = False  # the step is to be captured, which has not begun
         self._seen_forward = False  # buffers may have changed since the update
-        self._captured = -1  # the last step that was captured, or restored
+        self._captured = -1  # the last step that was captured, restored or tried by all
         self._capture: Capture | None = None
         self._held_s = 0.0
         self._hooks = list(self._hook()) if state.trained.is_updated else []
@@ -293,7 +316,7 @@ class TrainingCheckpointer:
             late: after a forward pass, too (an update that was skipped, accumulation that is not
                 at its end). Parameters and optimizer state are those of the update then, but
                 buffers, generators and extra state what they are now, unless the step was to be
-                checkpointed anyway. Gradients are in no checkpoint.
+                checkpointed anyway. Gradients that have not been used are in no checkpoint.
 
         Raises:
             SaveFailedError: a forward pass has begun since the update, and may have changed
@@ -369,15 +392,20 @@ class TrainingCheckpointer:
         self.step += 1
         self._seen_forward = False
         self._cycle.begin()
+        copying_s = 0.0 if self._gradients is None else self._gradients.end_update()
         if self.step % self._every_steps == 0:
             self._note_update()
+            self._held_s += copying_s
 
     # -- one snapshot ----------------------------------------------------------------------
 
     def _note_update(self) -> None:
         """The step is to be captured; take what will not wait for the next forward pass."""
+        if self.state.world.size > 1:
+            self._captured = self.step  # tried once: if it fails here, others do not try again
         with self._failures(), self._held():
-            self.state.note_update(self.step)
+            with self.checkpointer.viewing(self.step):
+                self.state.note_update(self.step)
             self._due = True
 
     def _begin(self) -> None:
@@ -385,7 +413,8 @@ class TrainingCheckpointer:
         self._due = False
         with self._failures(), self._held():
             begun_s = time.monotonic()
-            view = self._view()
+            with self.checkpointer.viewing(self.step):
+                view = self.state.view()
             view_s = time.monotonic() - begun_s
             windows = self._cycle.expected
             self._capture = self.checkpointer.begin(self.step, view, windows=windows)
@@ -393,14 +422,6 @@ class TrainingCheckpointer:
             self._cycle.follow(self._capture)
         if not self.checkpointer.strategy.windows:
             self._finish()
-
-    def _view(self) -> StateView:
-        try:
-            return self.state.view()
-        except UnsupportedStateError as error:
-            if self.state.world.size > 1:  # the others would wait for this rank
-                self.checkpointer.begin(self.step, refused(error)).finish()
-            raise
 
     def _finish(self) -> None:
         """Have everything captured: after this the state may change."""

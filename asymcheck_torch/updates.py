@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from asymcheck.codecs.rules import RULES
+from asymcheck.codecs.rules import CAPTURED, RULES
 from asymcheck.state import Update
+from asymcheck_torch.gradients import GRADIENTS
 from asymcheck_torch.optimizers import kind_of
 
 _ADAMS = frozenset({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"})
@@ -19,6 +20,7 @@ _ROLES = {
     "adam": {"exp_avg": "first", "exp_avg_sq": "second"},
     "amsgrad": {"exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "largest"},
     "sgd": {"momentum_buffer": "first"},
+    "descent": {},
     "lion": {"exp_avg": "first"},
 }
 
@@ -45,14 +47,17 @@ def update_of(
         elif names & _LIONS:
             rule, numbers = "lion", _lion(group)
         elif "SGD" in names:
-            rule, numbers = "sgd", _sgd(group)
+            rule, numbers = "sgd" if group["momentum"] else "descent", _sgd(group)
         else:
             return None
     except (KeyError, TypeError, ValueError):
         return None  # an optimizer of that name with other options
     if not all(math.isfinite(number) for number in numbers.values()):
         return None
-    roles = {"params": "weight"} | {kind_of(index, k): r for k, r in _ROLES[rule].items()}
+    roles = {"params": "weight"}
+    if not group.get("maximize"):  # then its negative is the one that is replayed
+        roles[GRADIENTS] = CAPTURED
+    roles |= {kind_of(index, key): role for key, role in _ROLES[rule].items()}
     return Update(rule, tuple(roles.items()), {k: numbers[k] for k in RULES[rule].numbers})
 
 

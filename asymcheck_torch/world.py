@@ -9,12 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from asymcheck.errors import UnsupportedStateError
 from asymcheck_torch.parts import reshard
+from asymcheck_torch.sharding_types import is_dtensor, is_fsdp1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class World:
         Raises:
             UnsupportedStateError: the module is sharded over a part of a mesh's ranks, or by FSDP1.
         """
-        if any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
+        if any(map(is_fsdp1, module.modules())):
             raise UnsupportedStateError(
                 "FullyShardedDataParallel (FSDP1) cannot be checkpointed", hint="Use fully_shard"
             )
@@ -91,7 +90,7 @@ class World:
 
 def _group_of_shards(module: nn.Module) -> Any:
     """The ranks that hold the parts of a module's `DTensor`s; None if it has none."""
-    meshes = {p.device_mesh for p in module.parameters() if isinstance(p, DTensor)}
+    meshes = {p.device_mesh for p in module.parameters() if is_dtensor(p)}
     if not meshes:
         return None
     if all(mesh.size() == dist.get_world_size() for mesh in meshes):

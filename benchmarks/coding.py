@@ -7,7 +7,9 @@ gradients clipped to a norm of 1. They are bfloat16, as in mixed precision, or f
 training is; the parameters' bfloat16 copy is made of the masters). States of 14 bytes per parameter
 are kept at a step k and 1, 10 and 100 steps later, and coded in blocks of 2^20 elements: each leaf
 kind by every coder with and without the state at k as predecessor, and the whole state by ours
-(`replay` codes the leaves of a parameter jointly). Everything decoded is compared bit by bit.
+(`replay` codes the leaves of a parameter jointly; `captured` is the same with the gradients of the
+update, which are stored, too: bytes and speeds stay those of the 14 bytes). Everything decoded is
+compared bit by bit.
 
 Speeds are GB (1e9 bytes) of raw state a second of processor time, of one thread, block by block,
 medians over rounds in which all coders take turns. The chain's is that of the library's own reader,
@@ -51,6 +53,7 @@ from gpt2 import GPT2, TINY, ByteBatches, GPT2Config
 from train_gpt2 import english_text
 
 ROLES = {"params": "copy", "master": "weight", "exp_avg": "first", "exp_avg_sq": "second"}
+GRADIENTS = {"gradients": "captured"}
 GAPS = (1, 10, 100)
 BLOCK_SIZE = 1 << 20
 FULL = "full"
@@ -116,6 +119,7 @@ def state_of(model: GPT2, masters: list[Any], optimizer: Any) -> State:
         "params": low.view(torch.int16).numpy().view(ml_dtypes.bfloat16),
         "master": flat(masters).numpy(),
         **moments,
+        "gradients": flat(master.grad for master in masters).numpy(),
     }
 
 
@@ -198,7 +202,7 @@ def chain_gb_s(codec: str, run: Run, first: int, increments: int, repeats: int) 
         ends = (first, first + increments)
         turns = [[read_seconds(root, step, run) for step in ends] for _ in range(repeats)]
     base_s, last_s = map(median, zip(*turns, strict=True))
-    nbytes = sum(array.nbytes for array in run.states[first].values())
+    nbytes = sum(run.states[first][kind].nbytes for kind in ROLES)
     return nbytes * increments / (last_s - base_s) / 1e9
 
 
@@ -208,14 +212,14 @@ def save_chain(root: str, codec: str, run: Run, first: int, increments: int) -> 
         root, strategy=strategy, max_chain=increments, max_to_keep=None
     ) as checkpointer:
         for step in range(first, first + increments + 1):
-            state = {kind: {"w": array} for kind, array in run.states[step].items()}
+            state = {kind: {"w": run.states[step][kind]} for kind in ROLES}
             view = replace(numpy_view(state), updates={"w": run.updates[step]})
             checkpointer.begin(step, view).finish()
             checkpointer.wait()
 
 
 def read_seconds(root: str, step: int, run: Run) -> float:
-    state = {f"{kind}/w": array for kind, array in run.states[step].items()}
+    state = {f"{kind}/w": run.states[step][kind] for kind in ROLES}
     outs = {path: np.full_like(array, 0) for path, array in state.items()}
     with closing(open_store(root)) as store:
         checkpoint = open_step(store, step, threads=1)
@@ -241,7 +245,7 @@ def measure_run(args: argparse.Namespace, run: Run) -> Rows:
     for gap in GAPS:
         rows += measure_gap(run, args.step, gap, args.repeats)
     for row in rows:
-        if row["kind"] == "state" and row["gap"] == 1:
+        if row["kind"] == "state" and row["gap"] == 1 and row["coder"] != "captured":
             row["chain_gb_s"] = chain_gb_s(row["coder"], run, args.step, args.chain, args.repeats)
     return rows
 
@@ -272,7 +276,26 @@ def measure_gap(run: Run, step: int, gap: int, repeats: int) -> Rows:
     together = measure([delta, replay], groups_of([*ROLES], new, old), repeats)
     for kind, ratio in together["replay"]["ratio_by_kind"].items():
         rows += rows_of(kind, gap, {"replay": {"ratio": ratio}})
+    if gap == 1:
+        together["captured"] = measure_captured(new, old, numbers, repeats)
     return rows + rows_of("state", gap, together)
+
+
+def measure_captured(
+    new: State, old: State, numbers: Mapping[str, float], repeats: int
+) -> dict[str, Any]:
+    """With the gradients, for each byte of the state without them."""
+    roles = ROLES | GRADIENTS
+    codec = ReplayCodec("adam", tuple(roles.values()), numbers)
+    found = measure([ours(codec)], groups_of([*roles], new, old), repeats)["replay"]
+    state_nbytes = sum(new[kind].nbytes for kind in ROLES)
+    more = state_nbytes / (state_nbytes + new["gradients"].nbytes)
+    return {
+        "ratio": found["ratio"] / more,
+        "encode_gb_s": found["encode_gb_s"] * more,
+        "decode_gb_s": found["decode_gb_s"] * more,
+        "ratio_by_kind": found["ratio_by_kind"],
+    }
 
 
 def rows_of(kind: str, gap: int | str, found: Mapping[str, Mapping[str, Any]]) -> Rows:

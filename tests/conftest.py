@@ -9,8 +9,19 @@ from collections.abc import Callable
 import pytest
 from hypothesis import settings
 from memory_store import MemoryStore
+from servers.fixtures import gcs_server, s3_process, s3_server
+from servers.hdfs_fixtures import frail_cluster, hdfs_cluster, hdfs_path
 
 from asymcheck.cli import main
+
+__all__ = [
+    "frail_cluster",
+    "gcs_server",
+    "hdfs_cluster",
+    "hdfs_path",
+    "s3_process",
+    "s3_server",
+]
 
 # Eight devices to shard over; must be set before anything imports JAX.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")

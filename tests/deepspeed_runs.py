@@ -25,8 +25,10 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
 )
+from rank_processes import call_in_ranks
 from sharded_net import (
     WIDTH,
     loss_of,
@@ -95,6 +97,8 @@ class OwnAdamW(torch.optim.AdamW):
 def optimizer_of(setting: Setting, parameters: Any) -> torch.optim.Optimizer | None:
     if setting.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
+    if setting.optimizer == "nesterov":  # leaves something else in the gradients
+        return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, nesterov=True, foreach=True)
     if setting.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=1e-2)
     if setting.optimizer == "adafactor":
@@ -234,7 +238,7 @@ def start(worker: Callable[..., Any], folder: Path, *args: Any, world: int = 2) 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_enter, (worker, folder, world, port, args), nprocs=world)
+    call_in_ranks(_enter, worker, folder, world, port, args, ranks=world)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -277,6 +281,26 @@ def save_and_go_on(rank: int, url: str, setting: Setting) -> Any:
         at_stop = snapshot(engine)
         losses = train(engine, TOTAL - STOP)
         return at_stop, snapshot(engine), losses
+
+
+def save_gradients(rank: int, url: str, setting: Setting) -> Any:
+    """Train with checkpoints to STOP, gradients captured; the last ones before clipping."""
+    with engine_of(setting) as engine:
+        torch.manual_seed(100 + rank)
+        options: dict[str, Any] = {"strategy": REPLAY, "max_chain": 10}
+        with asymcheck_torch.attach(engine, url=url, capture_gradients=True, **options):
+            for _ in range(STOP):
+                engine.backward(loss_of(engine, random_tokens()))
+                found = dict(_gradients(engine))
+                engine.step()
+        return found, float(engine.get_global_grad_norm() or 0)
+
+
+def _gradients(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in engine.module.named_parameters():
+        gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
+        if gradient is not None:
+            yield name, gradient.detach().float().clone()
 
 
 def resume(rank: int, url: str, setting: Setting, warm: int = 0) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed_runs import Setting, build, engine_of, snapshot, train
 from sharded_net import loss_of, random_tokens
 
+from asymcheck.commit import committed_steps
 from asymcheck.errors import StoreFullError
 from asymcheck.stores import LocalStore
 from asymcheck_torch.deepspeed import use
@@ -181,6 +183,27 @@ def save_a_tag_twice(rank: int, folder: str) -> tuple[int, int]:
     with engine_of(Setting(3)) as engine, use(engine, url=f"{folder}/run"):
         engine.load_checkpoint(f"{folder}/tags")
         return saved, engine.global_steps
+
+
+def lose_the_disk(rank: int, folder: str) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+    """The states at a save, and as loaded from the mirror; the steps of the store made anew."""
+    places: Any = {"url": f"{folder}/run", "mirror": f"{folder}/mirror"}
+    with engine_of(Setting(3)) as engine:
+        with use(engine, **places):
+            train(engine, 2)
+            engine.save_checkpoint(f"{folder}/tags", tag="best")
+            then = snapshot(engine)
+            train(engine, 1)
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(f"{folder}/run")
+        dist.barrier()
+        with use(engine, **places):
+            engine.load_checkpoint(f"{folder}/tags")
+            now = snapshot(engine)
+            train(engine, 1)
+            engine.save_checkpoint(f"{folder}/tags", tag="next")
+            return then, now, committed_steps(LocalStore(f"{folder}/run"))
 
 
 def load_where_one_rank_sees_nothing(rank: int, folder: str) -> list[str]:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +29,7 @@ from torch_runs import differences
 
 import asymcheck_torch
 from asymcheck.errors import AsymCheckError
+from asymcheck_torch.modules import unwrap
 
 STOP, TOTAL = 3, 5
 
@@ -207,6 +209,39 @@ def resume_amid_accumulation(rank: int, url: str, kind: str, reduced: bool) -> A
         assert ckpt.restore() == STOP
         losses = train(run, TOTAL - STOP)
     return snapshot(run), losses
+
+
+def save_gradients(rank: int, url: str, kind: str) -> dict[str, torch.Tensor]:
+    """Train with checkpoints to STOP, clipped gradients captured; the last ones, whole."""
+    model, optimizer = build(kind)
+    torch.manual_seed(100 + (kind != "tensor") * rank)
+    with asymcheck_torch.attach(model, optimizer, url=url, capture_gradients=True):
+        for _ in range(STOP):
+            model.train()
+            loss_of(model, random_tokens()).backward()
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= 0.25  # as if clipped
+            trained = unwrap(model).named_parameters()
+            found = {name: _full(p.grad) for name, p in trained if p.grad is not None}
+            optimizer.step()
+            optimizer.zero_grad()
+    return found
+
+
+def save_partial_gradients(rank: int, url: str) -> tuple[torch.Tensor, str]:
+    """A gradient that ranks have yet to sum when the optimizer steps, summed; its placements."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.LayerNorm(8))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"0": SequenceParallel()})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with asymcheck_torch.attach(model, optimizer, url=url, capture_gradients=True):
+        model(torch.randn(2, 4, 8)).to_local().square().sum().backward()
+        gradient: Any = model[0].weight.grad
+        found = gradient.full_tensor().clone(), str(gradient.placements)
+        optimizer.step()
+    return found
 
 
 def train_what_was_sharded_too_late(rank: int, url: str) -> str:

@@ -1,27 +1,33 @@
-"""One process of several that save and restore with Orbax; run by test_jax_processes.py."""
+"""One process of several that save and restore, most with Orbax; run by test_jax_processes.py."""
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=["save", "restore", "die", "unnamed", "refuse", "differ"])
-    parser.add_argument("directory", type=Path)
+    modes = ["save", "restore", "die", "unnamed", "refuse", "refuse_alone", "differ", "unlike"]
+    modes += ["keep_two"]
+    parser.add_argument("mode", choices=modes)
+    parser.add_argument("directory", type=epath.Path)
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--orbax", action="store_true", help="with Orbax's own handler")
     return parser.parse_args()
 
 
 args = parse()
+faulthandler.dump_traceback_later(180, exit=True)  # sooner than the test gives up
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
 
 import jax
@@ -35,13 +41,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import asymcheck_jax
-from asymcheck.errors import UnsupportedStateError
-from asymcheck.policy import Always
+from asymcheck.errors import SaveFailedError, UnsupportedStateError
+from asymcheck.policy import Always, Never
 from asymcheck.stores import LocalStore
 from asymcheck.strategies import AsymCheck
 
-SHAPE = (64, 48)
+SHAPE = (1024, 512)  # a part is larger than the gaps that are read with what is wanted
 STEPS = 4
+DELTA = AsymCheck(policy=Always("delta"))
 
 
 def value(step: int) -> np.ndarray:
@@ -74,9 +81,9 @@ def keys(index: tuple[slice, ...]) -> jax.Array:
     return jax.random.split(jax.random.key(7), 8)[index[0]]
 
 
-def manager(handler: Any, **options: Any) -> ocp.CheckpointManager:
+def manager(handler: Any, name: str = "", **options: Any) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
-        args.directory,
+        args.directory / name,
         item_handlers=handler,
         options=ocp.CheckpointManagerOptions(
             async_options=ocp.AsyncOptions(timeout_secs=30), **options
@@ -127,35 +134,107 @@ def restore() -> None:
 
 
 def refuse() -> None:
-    """What cannot be stored is refused by every process, so that none waits for another."""
+    """What cannot be stored is refused by every process, so that none waits for another.
+
+    What can is stored next, by the same handler.
+    """
     odd = {"dates": np.array(["2020"], "M8[Y]"), "of one process": jax.numpy.int32(args.rank)}
-    for name, leaf in odd.items():
+    for step, (name, leaf) in zip((0, 2), odd.items(), strict=True):
         with manager(asymcheck_jax.AsymCheckHandler()) as saver:
             try:
-                saver.save(0, args=asymcheck_jax.AsymCheckSave({"w": placed(value(0)), name: leaf}))
+                odd_one = {"w": placed(value(0)), name: leaf}
+                saver.save(step, args=asymcheck_jax.AsymCheckSave(odd_one))
             except UnsupportedStateError as error:
                 assert error.leaf == name
                 print(f"refused {name}", flush=True)
+            saver.save(step + 1, args=asymcheck_jax.AsymCheckSave({"w": placed(value(0))}))
+            saver.wait_until_finished()
+            print(f"steps {saver.all_steps()}", flush=True)
+
+
+def refuse_alone() -> None:
+    """Without Orbax: process 1 cannot save step 1; the others learn it, and all save step 2."""
+    with asymcheck_jax.Checkpointer(args.directory, commit_timeout_s=600.0) as saver:
+        for step in range(3):
+            odd = {"odd": np.array(["2020"], "M8[Y]")} if (step, args.rank) == (1, 1) else {}
+            try:
+                saver.save(step, {"w": placed(value(step), "x"), **odd}).wait(60)
+            except (SaveFailedError, UnsupportedStateError) as error:
+                print(f"step {step} failed: {error}", flush=True)
+        print(f"steps {saver.checkpointer.steps()}", flush=True)
+
+
+def check_all(saver: ocp.CheckpointManager) -> None:
+    """Every step that there is holds what was saved as it."""
+    target = {"both": jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=sharding("x"))}
+    for step in saver.all_steps():
+        found = saver.restore(step, args=asymcheck_jax.AsymCheckRestore(target))
+        for shard in found["both"].addressable_shards:
+            assert np.array_equal(shard.data, value(step)[shard.index]), step
 
 
 def differ() -> None:
     """Process 0 holds nothing to build on, process 1 believes it does: no read may fail."""
-    strategy = AsymCheck(policy=Always("delta"))
-    handler = asymcheck_jax.AsymCheckHandler(strategy=strategy, commit_timeout_s=20.0)
+    handler = asymcheck_jax.AsymCheckHandler(strategy=DELTA, commit_timeout_s=20.0)
     with manager(handler) as saver:
         for step in range(4):
             if step == 1 and args.rank == 0:
-                handler._base_step = None
+                handler._committed_step = None
             saver.save(step, args=asymcheck_jax.AsymCheckSave({"both": placed(value(step), "x")}))
             try:
                 saver.wait_until_finished()
             except Exception as error:
                 print(f"step {step} failed: {type(error).__name__}", flush=True)
+        check_all(saver)
+        print(f"steps {saver.all_steps()}", flush=True)
+
+
+def unlike() -> None:
+    """Processes that choose differently, as costs that each has measured may have them do.
+
+    Process 1 would store increments. Process 0 holds nothing for it, or ends its chain sooner.
+    """
+    chosen: dict[str, list[dict[str, Any]]] = {
+        "never": [{"strategy": AsymCheck(policy=Never())}, {"strategy": DELTA}],
+        "sooner": [{"strategy": DELTA, "max_chain": 1}, {"strategy": DELTA, "max_chain": 9}],
+    }
+    for name, arguments in chosen.items():
+        handler = asymcheck_jax.AsymCheckHandler(commit_timeout_s=20.0, **arguments[args.rank])
+        with manager(handler, name) as saver:
+            for step in range(4):
+                one = {"both": placed(value(step), "x")}
+                saver.save(step, args=asymcheck_jax.AsymCheckSave(one))
+            saver.wait_until_finished()
+            check_all(saver)
+            print(f"{name}: steps {saver.all_steps()}", flush=True)
+
+
+def keep_two() -> None:
+    """What a user of Orbax does, with its own handler or with ours."""
+    one = {"both": placed(value(0), "x", "y"), "all": placed(value(1)), "step": 0}
+    if args.orbax:
+        handler, save, load = (
+            ocp.StandardCheckpointHandler(),
+            ocp.args.StandardSave,
+            ocp.args.StandardRestore,
+        )
+    else:
+        handler, save, load = (
+            asymcheck_jax.AsymCheckHandler(),
+            asymcheck_jax.AsymCheckSave,
+            asymcheck_jax.AsymCheckRestore,
+        )
+    with manager(handler, max_to_keep=2) as saver:
+        begun = saver.latest_step()
+        first = 0 if begun is None else begun + 1
+        for step in range(first, first + 3):
+            saver.save(step, args=save({**one, "step": step}))
+        saver.wait_until_finished()
         for step in saver.all_steps():
-            target = {"both": jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=sharding("x"))}
-            found = saver.restore(step, args=asymcheck_jax.AsymCheckRestore(target))
+            found = saver.restore(step, args=load(one))
+            assert int(found["step"]) == step
             for shard in found["both"].addressable_shards:
-                assert np.array_equal(shard.data, value(step)[shard.index]), step
+                assert np.array_equal(shard.data, value(0)[shard.index]), step
         print(f"steps {saver.all_steps()}", flush=True)
 
 
@@ -166,7 +245,7 @@ def die() -> None:
         saver.save(0, args=asymcheck_jax.AsymCheckSave(state(0)))
         saver.wait_until_finished()
         if args.rank == 1:
-            handler._directories.put = lambda key, data: os._exit(9)  # type: ignore[method-assign]
+            handler._run.directories.put = lambda key, data: os._exit(9)  # type: ignore[method-assign]
         begun_s = time.monotonic()
         try:
             saver.save(1, args=asymcheck_jax.AsymCheckSave(state(1)))
@@ -194,6 +273,9 @@ MODES = {
     "die": die,
     "unnamed": unnamed,
     "refuse": refuse,
+    "refuse_alone": refuse_alone,
     "differ": differ,
+    "unlike": unlike,
+    "keep_two": keep_two,
 }
 MODES[args.mode]()

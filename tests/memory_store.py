@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 
 from asymcheck.errors import ObjectNotFoundError, ObjectTooLongError, ShortReadError
-from asymcheck.stores.base import check_key, check_prefix
+from asymcheck.stores.base import Guarantees, check_key, check_prefix
 
 
 class MemoryStore:
@@ -20,10 +21,10 @@ class MemoryStore:
         hook: called with (operation, key) before every operation; may wait or raise.
     """
 
-    url = "memory://test"
-    durable = True
+    guarantees = Guarantees("one assignment", "a lock", True, True, False)
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "test") -> None:
+        self.url = f"memory://{name}"
         self.objects: dict[str, bytes] = {}
         self.calls: list[tuple[str, str]] = []
         self.read_nbytes = 0
@@ -125,6 +126,14 @@ class MemoryStore:
     def hold(self, operation: str, part: str) -> Held:
         """From now on the operation waits for keys that contain `part`; see `Held`."""
         return Held(self, operation, part)
+
+
+class RemoteStore(MemoryStore):
+    """In memory, but it says of itself that every request is a journey over a network."""
+
+    def __init__(self, concurrency: int | None = 32) -> None:
+        super().__init__()
+        self.guarantees = replace(MemoryStore.guarantees, concurrency=concurrency)
 
 
 class Held:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 _READY = "ready to be killed"
@@ -30,6 +33,18 @@ def leave_together() -> None:
         dist.destroy_process_group()
 
 
+def call_in_ranks(function: Callable[..., None], *arguments: object, ranks: int) -> None:
+    """Call `function(rank, *arguments)` in that many processes; all end well.
+
+    They are forked from a server that has imported what takes long, and nothing else: each import
+    of torch takes seconds.
+    """
+    import torch.multiprocessing
+
+    multiprocessing.set_forkserver_preload(["asymcheck_torch"])
+    torch.multiprocessing.start_processes(function, arguments, ranks, start_method="forkserver")
+
+
 def run_to_the_end(script: str, *words: object, ranks: int = 1) -> None:
     """All end well."""
     for process in _start(script, words, ranks):
@@ -48,6 +63,20 @@ def run_and_kill(script: str, *words: object, ranks: int = 1) -> None:
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
+
+
+def run_and_kill_after(script: str, line: str, delay_s: float, *words: object, ranks: int) -> None:
+    """All are killed at once, some time after the first has said `line`; none ends before."""
+    processes = _start(script, words, ranks)
+    assert processes[0].stdout is not None
+    if not any(said.strip() == line for said in processes[0].stdout):
+        raise AssertionError(processes[0].communicate()[1])
+    time.sleep(delay_s)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err
 
 
 def _start(script: str, words: tuple[object, ...], ranks: int) -> list[subprocess.Popen[str]]:

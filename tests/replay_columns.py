@@ -29,13 +29,14 @@ NUMBERS: Mapping[str, dict[str, float]] = {
         "corrects_bias": 1.0,
     },
     "sgd": {"lr": 1e-2, "momentum": 0.9, "dampening": 0.0, "l2": 0.0},
+    "descent": {"lr": 1e-2, "l2": 0.0},
     "lion": {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "decay": 0.1, "l2": 0.0},
 }
 NUMBERS = {**NUMBERS, "amsgrad": NUMBERS["adam"]}
 
 
 def codec_for(rule: str, *more: str, **numbers: float) -> ReplayCodec:
-    """The codec of a rule, with further roles after its own."""
+    """The codec of a rule, with further roles after its own (`captured` is one)."""
     return ReplayCodec(rule, (*RULES[rule].roles, *more), NUMBERS[rule] | numbers)
 
 
@@ -84,9 +85,23 @@ def gradients(n: int, seed: int, dtype: Any, scale: float) -> NDArray[np.float32
 
 
 def trained(
-    rule: str, n: int, *, seed: int = 0, dtype: Any = BFLOAT16, scale: float = 0.37, **numbers: Any
+    rule: str,
+    n: int,
+    *,
+    seed: int = 0,
+    dtype: Any = BFLOAT16,
+    scale: float = 0.37,
+    kept: Any = FLOAT32,
+    captured: bool = False,
+    **numbers: Any,
 ) -> Block:
-    """A step of an optimizer, in plain float32 arithmetic, with a bfloat16 copy of the weight."""
+    """A step of an optimizer, in plain float32 arithmetic, with a bfloat16 copy of the weight.
+
+    Args:
+        dtype, scale: of the gradients.
+        kept: the dtype of the optimizer's states, or one for each of these roles.
+        captured: the gradient, and that of the step before, is a column, too: the last one.
+    """
     k = {name: np.float32(value) for name, value in (NUMBERS[rule] | numbers).items()}
     rng = np.random.default_rng(seed + 100)
     one = np.float32(1)
@@ -95,8 +110,15 @@ def trained(
         "first": gradients(n, seed + 1, np.float32, 1.0),
         "second": gradients(n, seed + 2, np.float32, 1.0) ** 2,
     }
+    kept_as = {
+        role: kept if not isinstance(kept, dict) else kept.get(role, FLOAT32) for role in state
+    }
+    kept_as["weight"] = FLOAT32
+    for role in ("first", "second"):
+        state[role] = state[role].astype(kept_as[role]).astype(np.float32)
     state["largest"] = state["second"] * np.float32(1.01)
-    g = gradients(n, seed + 3, dtype, scale) + k["l2"] * state["weight"]
+    given = gradients(n, seed + 3, dtype, scale)
+    g = given + k["l2"] * state["weight"]
     new = dict(state)
     if rule in ("adam", "amsgrad"):
         new["first"] = k["beta1"] * state["first"] + (one - k["beta1"]) * g
@@ -109,11 +131,21 @@ def trained(
     elif rule == "sgd":
         new["first"] = k["momentum"] * state["first"] + g
         new["weight"] = state["weight"] - k["lr"] * new["first"]
+    elif rule == "descent":
+        new["weight"] = state["weight"] - k["lr"] * g
     else:
         u = np.sign(k["beta1"] * state["first"] + (one - k["beta1"]) * g)
         new["weight"] = state["weight"] - k["lr"] * (u + k["decay"] * state["weight"])
         new["first"] = k["beta2"] * state["first"] + (one - k["beta2"]) * g
     roles = RULES[rule].roles
-    olds = [*(state[role] for role in roles), state["weight"].astype(BFLOAT16)]
-    news = [*(new[role] for role in roles), new["weight"].astype(BFLOAT16)]
-    return block_of(codec_for(rule, "copy", **numbers), olds, news)
+    kept_as["largest"] = kept_as["second"]
+    olds, news = (
+        [*(of[role].astype(kept_as[role]) for role in roles), of["weight"].astype(BFLOAT16)]
+        for of in (state, new)
+    )
+    more = ["copy"]
+    if captured:
+        more.append("captured")
+        olds.append(gradients(n, seed + 4, dtype, scale))
+        news.append(given)
+    return block_of(codec_for(rule, *more, **numbers), olds, news)

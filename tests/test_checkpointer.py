@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def test_fills_a_target_in_place_or_lists_what_differs(store: MemoryStore) -> No
         {"a": b"x"},
         {"a": "\ud83d\ude00"},
     ],
-    ids=str,
+    ids=["tuple", "number as a name", "nan", "object", "bytes", "surrogates"],
 )
 def test_metadata_come_back_as_they_are_or_are_refused(store: MemoryStore, metadata: Any) -> None:
     good = {"epoch": 3, "nested": {"x": [1, None, 2.5, "é"]}, "big": 2**80}
@@ -299,6 +299,19 @@ def test_damaged_steps_give_way_when_training_commits_again(store: MemoryStore) 
         checkpointer.save(3, drifted(state, 3)).wait()
         assert same(checkpointer.restore(), drifted(state, 3))
     assert len(store.keys("damaged/")) == 2
+
+
+def test_nothing_builds_on_a_damaged_step_that_was_passed_over(store: MemoryStore) -> None:
+    """It was saved last, by the same process, whose reference still holds its bytes."""
+    state = training_state(8)
+    with opened(store, strategy=DELTA) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, drifted(state, step)).wait()
+        damage(store, 2)
+        assert same(checkpointer.restore(), drifted(state, 1))
+        checkpointer.save(3, drifted(state, 3)).wait()
+        assert checkpointer.steps() == [1, 3]
+        assert same(checkpointer.restore(3), drifted(state, 3))
 
 
 def test_there_is_nothing_to_restore(store: MemoryStore) -> None:
@@ -495,6 +508,19 @@ def test_chains_are_as_long_as_allowed(store: MemoryStore) -> None:
             checkpointer.save(step, state)
         assert checkpointer._increments.reference is None
     assert [read_commit(store, s)[0].depth for s in range(3)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("refused", range(1, 5))
+def test_what_cannot_be_saved_makes_no_chain_longer(store: MemoryStore, refused: int) -> None:
+    state = training_state(11)
+    with opened(store, strategy=DELTA, max_chain=2) as checkpointer:
+        for step in range(8):
+            if step == refused:
+                with pytest.raises(UnsupportedStateError):
+                    checkpointer.save(step, {"f": lambda: 0})
+            checkpointer.save(step, drifted(state, step))
+    depths = [read_commit(store, s)[0].depth for s in range(8)]
+    assert max(depths) == 2 and depths[refused] == 0
 
 
 def test_a_changed_state_begins_a_chain(store: MemoryStore) -> None:
@@ -822,10 +848,11 @@ def test_a_whole_number_of_packs_fills_a_buffer(store: MemoryStore, put_s: float
     costs = GivenCosts(1e-9, put_s, copy_s_per_byte=1e-8)
     with opened(store, cost_model=costs, max_host_bytes=512 << 20) as checkpointer:
         checkpointer.save(0, {})
-        pipeline = checkpointer._pipeline
-        assert pipeline is not None
+        pipeline, made = checkpointer._pipeline, checkpointer._plan
+        assert pipeline is not None and made is not None
         for volume_nbytes in (1, 10**6, 40 << 20, 3 * 10**8, 1 << 34):
-            target = pipeline.pack_nbytes(volume_nbytes)
+            plan = replace(made, nbytes=volume_nbytes)
+            target = pipeline.batching(plan, has_base=False).pack_nbytes
             assert 0 < target <= pipeline.buffer_nbytes
             packs = pipeline.buffer_nbytes // target
             builder = PackBuilder(pipeline.capture_pool, target)

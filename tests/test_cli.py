@@ -93,6 +93,13 @@ def test_every_command_has_help(call: Call, name: str) -> None:
         (["show", "RUN", "--step=11"], "no step 11"),
         (["show", "RUN", "params/wieght"], "Similar: params/weight"),
         (["verify", "RUN", "--all", "--step=10"], "exclude each other"),
+        (["copy", "RUN"], "usage: asymcheck copy SOURCE TARGET"),
+        (["copy", "RUN", "NOWHERE", "--all", "--step=10"], "exclude each other"),
+        (["copy", "RUN", "NOWHERE", "--step=11"], "no step 11"),
+        (["copy", "RUN", "RUN"], "the same place"),
+        (["copy", "NOWHERE", "RUN"], "no checkpoint in file://"),
+        (["copy", "NOWHERE", "RUN", "--all"], "no checkpoint in file://"),
+        (["copy", "RUN", "ftp://x"], "unknown kind of store"),
         (["diff", "RUN", "10"], "usage: asymcheck diff"),
         (["diff", "RUN", "10", "x"], "not the number of a step"),
         (["export", "RUN", "--to=npz"], "--output"),
@@ -281,20 +288,22 @@ def test_verify_finds_what_is_missing(call: Call, run: Path, kind: str) -> None:
 
 
 def test_verify_decodes_as_few_leaves_as_needed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
+    """Every block of the chain is read once, neighbours together."""
+    read: list[int] = []
     store = LocalStore(run)
     get_range = store.get_range
 
     def counted(key: str, offset: int, out: memoryview) -> None:
-        read.append(key)
+        if key.endswith(".pack"):
+            read.append(len(out))
         get_range(key, offset, out)
 
     monkeypatch.setattr(store, "get_range", counted)
     assert verify(store, [10, 20, 30]).good
-    blocks = [key for key in read if key.endswith(".pack")]
     with asymcheck.open_checkpoint(run, 30) as checkpoint:
-        expected = sum(len(list(index.blocks())) for index in checkpoint.chain)
-    assert len(blocks) == expected
+        blocks = [stored.block for index in checkpoint.chain for stored in index.blocks()]
+    assert sum(read) == sum(block.nbytes for block in blocks)
+    assert len(read) <= len(blocks) / 2
 
 
 def test_verify_in_small_batches(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,6 +397,68 @@ def test_verify_names_every_damaged_manifest(call: Call, tmp_path: Path) -> None
     code, out, _ = call("verify", tmp_path / "run", "--step=2")
     assert code == 1
     assert out.count(first.name) == out.count(second.name) == 1
+
+
+# -- copy --------------------------------------------------------------------------------------
+
+
+def test_copy_of_the_newest_step(call: Call, shared_run: Path, tmp_path: Path) -> None:
+    code, out, err = call("copy", shared_run, tmp_path / "to")
+    assert (code, err) == (0, "")
+    assert re.match(r"step 40: .* KiB in 3 objects\ncopied 1 step, .* KiB, to file:///", out)
+    code, out, _ = call("verify", tmp_path / "to", "--all")
+    assert (code, out.count("good")) == (0, 1)
+    code, out, _ = call("copy", shared_run, tmp_path / "to")
+    assert code == 0
+    assert out.startswith("step 40: there already\ncopied 0 steps, 0 B, to file:///")
+
+
+def test_copy_of_a_step_and_of_all(call: Call, shared_run: Path, tmp_path: Path) -> None:
+    code, out, err = call("copy", shared_run, tmp_path / "to", "--step=20", "--json")
+    assert (code, err) == (0, "")
+    assert [(s["step"], s["copied"]) for s in json.loads(out)["steps"]] == [(10, True), (20, True)]
+    code, out, err = call("copy", shared_run, tmp_path / "to", "--all", "--json", "--progress")
+    copies = json.loads(out)
+    assert code == 0
+    assert [s["copied"] for s in copies["steps"]] == [False, False, True, True]
+    assert copies["target"] == (tmp_path / "to").as_uri()
+    assert "copying step 40: 100 % of" in err
+    files = [p for p in shared_run.rglob("*.*") if p.is_file() and re.search("00[34]0[-.]", str(p))]
+    sent = sum(path.stat().st_size for path in files)
+    assert sum(step["sent_nbytes"] for step in copies["steps"]) == sent
+    assert {p.relative_to(tmp_path / "to") for p in (tmp_path / "to").rglob("*.*")} == {
+        p.relative_to(shared_run) for p in shared_run.rglob("*.*")
+    }
+
+
+def test_copy_of_damaged_steps(call: Call, run: Path, tmp_path: Path) -> None:
+    """Nothing of them is committed; what decodes from them stays behind, too."""
+    (pack,) = packs(run, 40)
+    flip_byte(pack)
+    code, out, err = call("copy", run, tmp_path / "to", "--step=40")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert pack.name in err
+    assert call("ls", tmp_path / "to")[0] == 2
+    code, out, err = call("copy", run, tmp_path / "to")
+    assert code == 1
+    assert re.match(r"step 10: .*\nstep 20: .*\nstep 30: .*\nstep 40: NOT COPIED, damage: ", out)
+    assert pack.name in out
+    flip_byte(packs(run, 10)[0])
+    code, out, _ = call("copy", run, tmp_path / "other", "--all", "--json")
+    copies = json.loads(out)
+    assert (code, copies["steps"]) == (1, [])
+    kept_out = [(found["step"], found["damage"]["step"]) for found in copies["uncopied"]]
+    assert kept_out == [(10, 10), (20, 10), (30, 10), (40, 40)]
+    out = call("copy", run, tmp_path / "other", "--all")[1]
+    assert re.search(r"^step 30: NOT COPIED, damage of step 10: data/", out, re.MULTILINE)
+
+
+def test_copy_over_another_run(call: Call, shared_run: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "to", (40,))
+    code, out, err = call("copy", shared_run, tmp_path / "to", "--all")
+    assert (code, out) == (2, "")
+    assert shared_run.as_uri() in err and (tmp_path / "to").as_uri() in err
 
 
 # -- gc ----------------------------------------------------------------------------------------

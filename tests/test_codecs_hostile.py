@@ -195,6 +195,12 @@ HOSTILE = {
     "plane: unknown mode": (PlaneCodec(), plane_payload(*[(3, 100)] * 4, body=bytes(400))),
     "plane: unknown width": (PlaneCodec(), plane_payload(*[(0, 100)] * 5, body=bytes(500))),
     "plane: empty": (PlaneCodec(), b""),
+    "plane: floats of 8 bytes": (PlaneCodec(), b"\x88" + plane_payload(*[(0, 50)] * 8)[1:]),
+    "plane: floats of another width": (PlaneCodec(), b"\x82" + plane_payload(*[(0, 100)] * 2)[1:]),
+    "plane: huge raw plane of floats": (
+        PlaneCodec(),
+        b"\x84" + plane_payload(*[(0, 1 << 60)] * 4)[1:],
+    ),
     "delta: huge raw plane": (DeltaCodec(), plane_payload(*[(0, 1 << 60)] * 4)),
     "topk: huge count": (TopKCodec(), top_k_payload(1 << 40, *ONE_KEPT)),
     "topk: wrong count": (TopKCodec(), top_k_payload(2, *ONE_KEPT)),

@@ -104,3 +104,27 @@ def test_compiles_without_a_cache_where_none_can_be_written(monkeypatch):
     monkeypatch.setattr(numba_kernels, "_numba", Numba)
     assert numba_kernels._compile(print) is print
     assert asked == [True, False]
+
+
+@settings(max_examples=60, deadline=None)
+@given(kind=kinds, width=st.sampled_from([2, 4]), n=sizes, seed=st.integers(0, 9))
+def test_split_and_merge_floats(kind, width, n, seed):
+    words = words_of(kind, width, n, seed)
+
+    def split(kernels: Kernels) -> np.ndarray:
+        planes = np.empty(words.nbytes, np.uint8)
+        kernels.split_floats(words, planes)
+        return planes
+
+    def merge(kernels: Kernels) -> np.ndarray:
+        merged = np.empty_like(words)
+        kernels.merge_floats(list(planes), merged)
+        return merged
+
+    planes = both(split).reshape(width, n)
+    bits = 8 * width
+    exponent = (words >> words.dtype.type(bits - 9)).astype(np.uint8)
+    sign = (words >> words.dtype.type(bits - 1)).astype(np.uint8)
+    assert planes[-1].tobytes() == exponent.tobytes()
+    assert (planes[-2] >> 7).tobytes() == sign.tobytes()
+    assert both(merge).tobytes() == words.tobytes()

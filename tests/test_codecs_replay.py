@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,17 +32,22 @@ from asymcheck.codecs import (
     Column,
     DeltaCodec,
     ReplayCodec,
+    _replayed,
     codec_from_manifest,
     plane_payload,
     replay,
 )
-from asymcheck.codecs._grid import find_grid
+from asymcheck.codecs._grid import Grid, constants_of, find_grid, scaled_decayed
 from asymcheck.codecs._kernels_numpy import NumpyKernels
-from asymcheck.codecs.rules import RULES
+from asymcheck.codecs._replay_choice import Choice
+from asymcheck.codecs.base import max_payload_nbytes
+from asymcheck.codecs.rules import RULES, Rule
+from asymcheck.codecs.rules.captured import captured
 from asymcheck.errors import CodecError, FormatError
 
 ALL_RULES = sorted(RULES)
 SIZES = (0, 1, 5, 700, 4096, 70_001)
+PRECISIONS = (FLOAT32, BFLOAT16, FLOAT16)
 GOLDEN = Path(__file__).parent / "golden_payloads"
 
 
@@ -56,17 +64,22 @@ def is_exact(block: Block) -> None:
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("kept", [*PRECISIONS, {"first": BFLOAT16}, {"second": FLOAT16}], ids=str)
 @pytest.mark.parametrize("n", SIZES)
-def test_a_step_comes_back(rule, n):
-    is_exact(trained(rule, n))
+def test_a_step_comes_back(rule, captured, kept, n):
+    is_exact(trained(rule, n, captured=captured, kept=kept))
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("new_kind", KINDS)
 @pytest.mark.parametrize("old_kind", KINDS)
-def test_states_that_no_rule_made_come_back(rule, new_kind, old_kind):
-    codec = codec_for(rule, "copy", "other")
-    dtypes = [*[FLOAT32] * len(RULES[rule].roles), BFLOAT16, np.dtype(np.int64)]
+@pytest.mark.parametrize("dtype", [None, *PRECISIONS], ids=str)
+def test_states_that_no_rule_made_come_back(rule, new_kind, old_kind, dtype):
+    """With a captured gradient, too, if `dtype` is one."""
+    codec = codec_for(rule, "copy", "other", *[] if dtype is None else ["captured"])
+    dtypes = [*[dtype or FLOAT32] * len(RULES[rule].roles), BFLOAT16, np.dtype(np.int64)]
+    dtypes += [dtype] if dtype is not None else []
     olds = [content(old_kind, t, 5003, i).view(t) for i, t in enumerate(dtypes)]
     news = [content(new_kind, t, 5003, 10 + i).view(t) for i, t in enumerate(dtypes)]
     is_exact(block_of(codec, olds, news))
@@ -83,12 +96,14 @@ NUMBER = st.one_of(
 @given(data=st.data(), rule=st.sampled_from(ALL_RULES), n=st.integers(0, 60))
 def test_arbitrary_bytes_and_numbers_come_back(data, rule, n):
     numbers = {name: data.draw(NUMBER) for name in RULES[rule].numbers}
-    roles = data.draw(st.permutations([*RULES[rule].roles, "copy", "other"]))
-    dtypes = {"copy": data.draw(st.sampled_from([BFLOAT16, FLOAT16])), "other": np.dtype("u1")}
+    more = data.draw(st.sampled_from([(), ("captured",)]))
+    roles = data.draw(st.permutations([*RULES[rule].roles, "copy", "other", *more]))
+    dtypes = {role: data.draw(st.sampled_from(PRECISIONS)) for role in roles}
+    dtypes |= {"copy": data.draw(st.sampled_from([BFLOAT16, FLOAT16])), "other": np.dtype("u1")}
     codec = ReplayCodec(rule, tuple(roles), numbers)
     columns = []
     for role in roles:
-        dtype = dtypes.get(role, FLOAT32)
+        dtype = dtypes[role]
         exact = st.binary(min_size=n * dtype.itemsize, max_size=n * dtype.itemsize)
         new, old = (np.frombuffer(data.draw(exact), np.uint8) for _ in range(2))
         columns.append(Column(role, dtype, new, old))
@@ -151,7 +166,7 @@ def test_subnormal_gradients_among_others_come_back(rule):
     block = trained(rule, 20_000)
     rng = np.random.default_rng(3)
     few = np.flatnonzero(rng.random(20_000) < 0.1)
-    first = RULES[rule].roles.index("first")
+    first = RULES[rule].roles.index(RULES[rule].moment)
     columns = list(block.columns)
     c = columns[first]
     new, old = c.new.view("f4").copy(), np.array(c.old).view("f4")
@@ -163,6 +178,20 @@ def test_subnormal_gradients_among_others_come_back(rule):
     is_exact(changed_block)
 
 
+def test_every_float16_has_one_float32():
+    """NaN, too, of which processors make other ones."""
+    words = np.arange(1 << 16, dtype="<u2")
+    found = _replayed.widened(words, FLOAT16)
+    numbers = ~np.isnan(words.view(FLOAT16))
+    assert np.array_equal(found[numbers], words.view(FLOAT16)[numbers].astype(np.float32))
+    expected = [
+        (int(word) & 0x8000) << 16 | 0x7F800000 | (int(word) & 0x3FF) << 13
+        for word in words[~numbers]
+    ]
+    assert len(expected) == 2 * 1023
+    assert found.view("<u4")[~numbers].tolist() == expected
+
+
 # -- how small ---------------------------------------------------------------------------------
 
 
@@ -172,7 +201,8 @@ def bytes_per_parameter(block: Block, payloads=None) -> float:
 
 
 LOW = [(rule, dtype) for rule in ALL_RULES for dtype in (BFLOAT16, FLOAT16)]
-LOW.remove(("lion", FLOAT16))  # a hundredth of the gradient in the moment is too little for that
+# A hundredth of the gradient in the moment, or in the weight, is too little for that.
+LOW = [low for low in LOW if low not in (("lion", FLOAT16), ("descent", FLOAT16))]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.37, 1 / 3, 7.7])
@@ -186,8 +216,40 @@ def test_gradients_of_low_precision_are_found(rule, dtype, scale):
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)
-def test_coupled_decay_is_taken_off(rule):
-    assert bytes_per_parameter(trained(rule, 50_000, l2=0.01)) < 2.5
+@pytest.mark.parametrize("captured", [False, True])
+def test_coupled_decay_is_taken_off(rule, captured):
+    assert bytes_per_parameter(trained(rule, 50_000, l2=0.01, captured=captured)) < 2.5
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37, 7.7])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_of_a_captured_gradient_everything_follows(rule, dtype, scale):
+    block = trained(rule, 50_000, dtype=dtype, scale=scale, captured=True)
+    payloads = block.encode()
+    assert payloads[-1][0] == 2
+    assert bytes_per_parameter(block, payloads) < {"bfloat16": 2.5, "float16": 2.9}[dtype.name]
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_a_captured_gradient_of_full_precision_costs_what_a_float_does(rule):
+    block = trained(rule, 50_000, dtype=np.float32, captured=True)
+    payloads = block.encode()
+    assert len(payloads[-1]) < 3.6 * 50_000
+    assert bytes_per_parameter(block, payloads) < 4.6
+
+
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+def test_moments_of_low_precision_follow_from_a_captured_gradient(rule):
+    """They themselves show too little of it."""
+    found, given = (
+        trained(rule, 50_000, kept=BFLOAT16, captured=captured) for captured in (False, True)
+    )
+    assert bytes_per_parameter(given) < 0.9 * bytes_per_parameter(found)
+    large, small = found.encode(), given.encode()
+    weight = given.codec.roles.index("weight")
+    assert len(small[weight]) < 0.15 * len(large[weight])  # computed before moments are rounded
+    assert len(small[0]) < 0.01 * len(large[0])
 
 
 @pytest.mark.parametrize("rule", ["adam", "amsgrad"])
@@ -211,6 +273,32 @@ def test_where_the_rule_is_wrong_it_costs_about_what_differences_do():
 def test_a_rounded_copy_of_the_weight_takes_no_bytes():
     block = trained("adam", 50_000)
     assert len(block.encode()[-1]) < 50
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_no_payload_is_longer_than_readers_allow(dtype):
+    """Where the sample shows gradients on a grid, and nothing else is on it."""
+    n = 32 * 40_000
+    sampled = (np.arange(32)[:, None] * 40_000 + np.arange(128)).ravel()
+    block = trained("adam", n, captured=True, dtype=FLOAT16, scale=1 / 3)
+    olds = [np.array(c.old).view(c.dtype) for c in block.columns]
+    news = [np.array(c.new).view(c.dtype) for c in block.columns]
+    gradient = content("random", dtype, n, 0).view(dtype)
+    gradient[sampled] = news[-1][sampled].astype(dtype)
+    block = block_of(block.codec, [*olds[:-1], gradient[::-1].copy()], [*news[:-1], gradient])
+    payloads = block.encode()
+    for payload, column in zip(payloads, block.columns, strict=True):
+        assert len(payload) <= max_payload_nbytes(column.new.nbytes)
+    is_exact(block)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_gradient_that_takes_too_much_is_not_stored(captured, monkeypatch):
+    block = trained("adam", 5000, captured=captured)
+    monkeypatch.setattr(replay, "max_payload_nbytes", lambda nbytes: nbytes // 8)
+    role = block.codec.roles.index("captured" if captured else "first")
+    assert block.encode()[role][0] == 0
+    is_exact(block)
 
 
 # -- the grid ----------------------------------------------------------------------------------
@@ -250,7 +338,7 @@ def with_numpy(monkeypatch):
     pytest.importorskip("numba")
 
     def use() -> None:
-        monkeypatch.setattr(replay, "kernels", NumpyKernels)
+        monkeypatch.setattr(_replayed, "kernels", NumpyKernels)
         monkeypatch.setattr(plane_payload, "kernels", NumpyKernels)
 
     return use
@@ -258,7 +346,12 @@ def with_numpy(monkeypatch):
 
 @pytest.mark.parametrize("rule", ALL_RULES)
 def test_numba_and_numpy_give_the_same_bytes(rule, with_numpy):
-    blocks = [trained(rule, 70_001), trained(rule, 3001, dtype=np.float32, l2=0.01)]
+    blocks = [
+        trained(rule, 70_001),
+        trained(rule, 3001, dtype=np.float32, l2=0.01),
+        trained(rule, 3001, captured=True, l2=0.01),
+        trained(rule, 3001, captured=True, dtype=np.float32, kept=BFLOAT16),
+    ]
     for kind in KINDS:
         codec = codec_for(rule)
         olds = [content(kind, FLOAT32, 3001, i).view("f4") for i in range(len(codec.roles))]
@@ -273,13 +366,14 @@ def test_numba_and_numpy_give_the_same_bytes(rule, with_numpy):
 
 
 def formulas():
-    for rule in RULES.values():
+    for rule in (*RULES.values(), *map(captured, RULES.values())):
         numbers = NUMBERS[rule.id]
         for form in rule.moments:
             yield form.forward, form.constants_of(numbers), 2
             yield form.inverse, form.constants_of(numbers), 2
         for form in (*sum(rule.forms.values(), ()), rule.reference):
             yield form.compute, form.constants_of(numbers), len(form.inputs)
+    yield scaled_decayed, constants_of(Grid(8, 0.37), 0.01), 2
 
 
 @pytest.mark.parametrize("kind", ["special", "random", "real"])
@@ -322,48 +416,57 @@ def test_the_state_of_the_processor_does_not_matter():
 
 
 @functools.cache
-def golden_block(rule: str) -> Block:
-    """A step whose old state and gradient come from integers: the same on every machine."""
+def golden_block(name: str) -> Block:
+    """Of a rule, or with `-captured` after it of one with the gradient.
+
+    A step whose old state and gradient come from integers: the same on every machine."""
     x = np.arange(1, 3 * 2003 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x ^= x >> np.uint64(29)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     uniform = (x >> np.uint64(40)).astype(np.float64) / 2**24 - 0.5
+    rule, _, captured_too = name.partition("-")
     w, m, g = (part.astype(np.float32) for part in uniform.reshape(3, 2003))
     g = (g.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32) * np.float32(0.3)
     one, tenth = np.float32(1), np.float32(0.125)
     m1 = (one - tenth) * m + tenth * g
     v = m * m
     v1 = (one - tenth) * v + tenth * g * g
-    state = {"weight": w, "first": m, "second": v, "largest": v}
-    new = {"weight": w - np.float32(2**-10) * m1, "first": m1, "second": v1}
+    state = {"weight": w, "first": m, "second": v, "largest": v, "captured": m}
+    new = {"weight": w - np.float32(2**-10) * m1, "first": m1, "second": v1, "captured": g}
     new["largest"] = np.maximum(v, v1)
     if rule == "lion":
         u = np.sign((one - tenth) * m + tenth * g) + np.float32(0.1) * w
         new["weight"] = w - np.float32(2**-10) * u
+    if rule == "descent":
+        new["weight"] = w - np.float32(2**-10) * g
     decays = {n: 0.875 for n in ("beta1", "beta2", "momentum") if n in RULES[rule].numbers}
-    codec = codec_for(rule, **decays | {"lr": 2.0**-10})
+    more = [captured_too] if captured_too else []
+    codec = codec_for(rule, *more, **decays | {"lr": 2.0**-10})
     return block_of(codec, [state[r] for r in codec.roles], [new[r] for r in codec.roles])
 
 
-@pytest.mark.parametrize("rule", ALL_RULES)
-def test_old_payloads_still_decode(rule):
-    block = golden_block(rule)
-    lengths = np.frombuffer((GOLDEN / f"replay-{rule}").read_bytes()[:16], "<u4")
-    stored = (GOLDEN / f"replay-{rule}").read_bytes()[16:]
+GOLDEN_NAMES = [*ALL_RULES, "adam-captured", "lion-captured"]
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_old_payloads_still_decode(name):
+    block = golden_block(name)
+    lengths = np.frombuffer((GOLDEN / f"replay-{name}").read_bytes()[:16], "<u4")
+    stored = (GOLDEN / f"replay-{name}").read_bytes()[16:]
     ends = np.cumsum(lengths[: len(block.columns)])
     payloads = [stored[end - n : end] for n, end in zip(lengths, ends, strict=False)]
-    assert payloads[0][0] == 2  # with a gradient, and predictions
-    assert any(p[0] == 1 for p in payloads)
+    assert payloads[-1 if "captured" in name else 0][0] == 2  # with a gradient, and predictions
+    assert len(payloads) == 1 or any(p[0] == 1 for p in payloads)
     for column, found in zip(block.columns, block.decode(payloads), strict=True):
         assert found.tobytes() == column.new.tobytes()
 
 
 def write_golden() -> None:
     """Only for a new version of the format: what is there must keep decoding."""
-    for rule in ALL_RULES:
-        payloads = golden_block(rule).encode()
+    for name in GOLDEN_NAMES:
+        payloads = golden_block(name).encode()
         lengths = np.array([*map(len, payloads), *[0] * (4 - len(payloads))], "<u4")
-        (GOLDEN / f"replay-{rule}").write_bytes(lengths.tobytes() + b"".join(payloads))
+        (GOLDEN / f"replay-{name}").write_bytes(lengths.tobytes() + b"".join(payloads))
 
 
 @pytest.mark.parametrize(
@@ -375,15 +478,79 @@ def write_golden() -> None:
         {"dtype": FLOAT16, "scale": 1.0},
         {"corrects_bias": 0.0, "lr": 0.5},
         {"decay": 0.0, "step": 1000},
+        {"captured": True},
+        {"captured": True, "l2": 0.01, "dtype": np.float32},
+        {"captured": True, "kept": BFLOAT16},
+        {"captured": True, "kept": {"first": BFLOAT16}},
+        {"kept": FLOAT16},
     ],
     ids=repr,
 )
-def test_the_specification_is_enough_to_decode(how):
-    block = trained("adam", 30_000, **how)
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_the_specification_is_enough_to_decode(rule, how):
+    known = (*RULES[rule].numbers, "captured", "dtype", "kept", "scale")
+    decodes_by_the_book(trained(rule, 10_000, **{k: v for k, v in how.items() if k in known}))
+
+
+ODD = (0x7F810001, 0x7C010000, 0xFFC00000, 0x7F800000, 0xFC000000, 0x80000000, 1 << 16, 1)
+"""NaN of both kinds, infinities, -0 and subnormal numbers, also of the upper half alone."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), rule=st.sampled_from(ALL_RULES), seed=st.integers(0, 99))
+def test_the_specification_is_enough_for_any_bits(data, rule, seed):
+    """Of any precision, some of them odd, in any order, stored in any way that there is."""
+    block = trained(
+        rule,
+        300,
+        seed=seed,
+        captured=data.draw(st.booleans()),
+        dtype=data.draw(st.sampled_from(PRECISIONS)),
+        l2=data.draw(st.sampled_from([0.0, 0.01])),
+    )
+    odd = st.lists(st.tuples(st.integers(0, 299), st.sampled_from(ODD)), max_size=20)
+    columns = []
+    for role, column in zip(block.codec.roles, block.columns, strict=True):
+        low = (BFLOAT16, FLOAT16) if role == "copy" else PRECISIONS
+        dtype = data.draw(st.sampled_from(low))
+        sides = []
+        for side in (column.new, column.old):
+            values = np.array(side).view(column.dtype).astype(dtype)
+            for index, word in data.draw(odd):
+                values.view(f"<u{dtype.itemsize}")[index] = word >> (32 - 8 * dtype.itemsize)
+            sides.append(values.view(np.uint8))
+        columns.append(Column(role, dtype, *sides))
+    order = data.draw(st.permutations(range(len(columns))))
+    codec = ReplayCodec(rule, tuple(block.codec.roles[i] for i in order), block.codec.numbers)
+    with mock.patch.object(replay, "Chooser", lambda rule, *_: AnyChoice(data, rule)):
+        decodes_by_the_book(Block(codec, [columns[i] for i in order]))
+
+
+@dataclass(frozen=True)
+class AnyChoice:
+    """Instead of what takes the fewest bits."""
+
+    data: Any
+    rule: Rule
+
+    def choices(self) -> dict[str, Choice]:
+        draw, rule = self.data.draw, self.rule
+        found = {
+            role: Choice(draw(st.sampled_from([0, 1])), draw(st.integers(0, len(forms) - 1)))
+            for role, forms in rule.forms.items()
+        }
+        bits = draw(st.sampled_from([8, 11, *[24] * (rule.moment == "captured")]))
+        grid = draw(st.sampled_from([None, Grid(bits, draw(st.sampled_from([1.0, 0.37, -3e30])))]))
+        form = draw(st.integers(0, len(rule.moments) - 1))
+        found[rule.moment] = Choice(0 if grid is None else 2, form, grid)
+        return found
+
+
+def decodes_by_the_book(block: Block) -> None:
     roles = block.codec.roles
     payloads = dict(zip(roles, block.encode(), strict=True))
     old = {r: np.array(c.old).view(c.dtype) for r, c in zip(roles, block.columns, strict=True)}
-    found = by_the_book.decode(payloads, old, block.codec.numbers)
+    found = by_the_book.decode(block.codec.rule, payloads, old, block.codec.numbers)
     for role, column in zip(roles, block.columns, strict=True):
         assert found[role].tobytes() == column.new.tobytes(), role
 
@@ -399,9 +566,16 @@ def refuses_or_decodes(block: Block, payloads: list[bytes]) -> None:
 
 
 @settings(max_examples=400, deadline=None)
-@given(data=st.data(), rule=st.sampled_from(ALL_RULES), grid=st.booleans())
-def test_damaged_payloads(data, rule, grid):
-    block = trained(rule, 300, dtype=BFLOAT16 if grid else np.float32)
+@given(
+    data=st.data(),
+    rule=st.sampled_from(ALL_RULES),
+    grid=st.booleans(),
+    captured=st.booleans(),
+    kept=st.sampled_from(PRECISIONS),
+)
+def test_damaged_payloads(data, rule, grid, captured, kept):
+    dtype = BFLOAT16 if grid else np.float32
+    block = trained(rule, 300, dtype=dtype, captured=captured, kept=kept)
     payloads = block.encode()
     victim = data.draw(st.integers(0, len(payloads) - 1))
     damaged = bytearray(payloads[victim])
@@ -414,9 +588,9 @@ def test_damaged_payloads(data, rule, grid):
 
 
 @settings(max_examples=200, deadline=None)
-@given(data=st.data(), rule=st.sampled_from(ALL_RULES))
-def test_truncated_payloads_are_refused(data, rule):
-    block = trained(rule, 300)
+@given(data=st.data(), rule=st.sampled_from(ALL_RULES), captured=st.booleans())
+def test_truncated_payloads_are_refused(data, rule, captured):
+    block = trained(rule, 300, captured=captured)
     payloads = block.encode()
     victim = data.draw(st.integers(0, len(payloads) - 1))
     payloads[victim] = payloads[victim][: data.draw(st.integers(0, len(payloads[victim]) - 1))]
@@ -447,10 +621,11 @@ def test_absurd_first_moments_are_refused(first):
 def test_columns_that_do_not_fit_are_refused():
     block = trained("adam", 100)
     short = [Column(c.kind, c.dtype, c.new[:80], c.old[:80]) for c in block.columns[:1]]
+    double = Column("first", np.dtype(np.float64), np.zeros(800, np.uint8), np.zeros(800, np.uint8))
     for columns in (
         block.columns[:2],
         [*short, *block.columns[1:]],
-        [block.columns[3], *block.columns[1:]],
+        [double, *block.columns[1:]],
     ):
         with pytest.raises(CodecError):
             block.codec.encode(columns)
@@ -465,6 +640,8 @@ def test_columns_that_do_not_fit_are_refused():
         {"roles": ["first", "second"]},
         {"roles": ["first", "second", "weight", "weight"]},
         {"roles": ["first", "second", "weight", "unheard"]},
+        {"roles": ["first", "second", "weight", "captured", "captured"]},
+        {"roles": ["captured", "second", "weight"]},
         {"roles": "first"},
         {"roles": None},
         {"roles": [1, 2, 3]},
@@ -486,8 +663,8 @@ def test_wrong_parameters_are_refused(wrong):
 
 def test_manifest_round_trip():
     for rule in ALL_RULES:
-        codec = codec_for(rule, "copy", "other")
-        assert codec_from_manifest("replay", codec.params) == codec
+        for codec in (codec_for(rule, "copy", "other"), codec_for(rule, "captured")):
+            assert codec_from_manifest("replay", codec.params) == codec
     with pytest.raises(FormatError):
         codec_from_manifest("replay", {"rule": "adam"})
 

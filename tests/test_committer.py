@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from memory_store import MemoryStore
 from states import drifted, same, training_state
 from test_snapshot import failing_source, watched
@@ -25,10 +28,11 @@ from asymcheck.errors import (
     StoreError,
     StoreFullError,
     StorePermissionError,
+    UnsupportedStateError,
 )
 from asymcheck.index import load_index
 from asymcheck.retention import collect_orphans
-from asymcheck.state import ShardSpec, StateView
+from asymcheck.state import ShardSpec, StateView, numpy_view
 
 DELTA = AsymCheck(policy=Always("delta"))
 
@@ -53,7 +57,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, memory_url: str) -> st
 def test_all_writers_make_one_step(place: str, count: int) -> None:
     state = state_of(0, count)
     states = []
-    with Writers(place, count, strategy=DELTA) as writers:
+    with Writers(place, count, strategy=DELTA, max_chain=10) as writers:
         for step in range(4):
             states.append(state)
             assert writers.save_state(step, state, metadata={"epoch": step}) == [None] * count
@@ -424,6 +428,153 @@ def test_manifests_are_durable_before_the_record(store: MemoryStore) -> None:
     assert all(order.index(key) < published for key in named)
     puts = [key for key in order if key.startswith(("data/", "commits/"))]
     assert len(puts) == len(set(puts))  # no key is written twice
+
+
+# -- a writer that cannot begin ----------------------------------------------------------------
+
+
+UNFIT: dict[str, Callable[[Checkpointer, int], object]] = {
+    "state": lambda c, step: c.save(step, {"f": lambda: 0}),
+    "metadata": lambda c, step: c.save(step, {}, metadata={"at": (1, 2)}),
+    "plan": lambda c, step: c.begin(step, twice_the_same_leaf()),
+    "adapter": lambda c, step: refuse(c, step),
+}
+
+
+def twice_the_same_leaf() -> StateView:
+    (source,) = numpy_view({"w": np.zeros(3)}).sources
+    return StateView({"dict": []}, (source, source))
+
+
+def refuse(checkpointer: Checkpointer, step: int) -> None:
+    with checkpointer.viewing(step):
+        raise UnsupportedStateError("no view of this", step=step)
+
+
+def save_unless_unfit(writers: Writers, step: int, state: Any, unfit: str, who: set[int]) -> Any:
+    """Save on all, but for those who cannot; what each has to say."""
+    count = len(writers.each)
+
+    def work(writer: int) -> None:
+        if writer in who:
+            UNFIT[unfit](writers.each[writer], step)
+        else:
+            writers.begin(writer, step, split_view(state, writer, count)).wait(60)
+
+    return writers.all(work)
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("first", [0, 2])
+def test_others_learn_at_once_that_a_writer_cannot_begin(
+    store: MemoryStore, unfit: str, failing: int, first: int
+) -> None:
+    """At the first save and later; the next is saved by all."""
+    state = state_of(22)
+    with Writers(store, 2, strategy=DELTA, commit_timeout_s=600.0) as writers:
+        for step in range(first):
+            assert writers.save_state(step, state) == [None, None]
+        errors = save_unless_unfit(writers, first, state, unfit, {failing})
+        assert isinstance(errors[failing], UnsupportedStateError)
+        other = errors[1 - failing].__cause__
+        assert isinstance(other, CommitError) and errors[failing].message in other.message
+        assert f"writer {failing} gave the attempt up" in other.message
+        for step in (first + 1, first + 2):
+            assert writers.save_state(step, state) == [None, None]
+        assert writers.all(lambda i: writers.each[i].wait()) == [
+            None,
+            None,
+        ]  # nothing is said twice
+    assert restored_steps(store) == [*range(first), first + 1, first + 2]
+    assert same(restored(store), state)
+    assert [read_commit(store, first + i)[0].depth for i in (1, 2)] == [0, 1]
+
+
+@given(
+    st.lists(st.sets(st.integers(0, 2)), min_size=1, max_size=8),
+    st.sampled_from(sorted(UNFIT)),
+    st.sampled_from([None, 0]),
+)
+@settings(max_examples=25)
+def test_a_step_is_there_if_all_can_save_it(
+    plan: list[set[int]], unfit: str, max_chain: int | None
+) -> None:
+    """Whoever cannot, and however often: attempts of the writers match."""
+    store, state = MemoryStore(), state_of(23, 3)
+    options: dict[str, Any] = {"strategy": DELTA, "max_chain": max_chain, "on_error": "warn"}
+    with Writers(store, 3, commit_timeout_s=600.0, **options) as writers:
+        for step, who in enumerate(plan):
+            errors = save_unless_unfit(writers, step, state, unfit, who)
+            assert [error is None for error in errors] == [not who] * 3
+        assert writers.save_state(len(plan), state) == [None] * 3
+    for step in range(len(plan) + 1):
+        if step == len(plan) or not plan[step]:
+            assert same(restored(store, step), state)
+    assert restored_steps(store) == [s for s, who in enumerate([*plan, set()]) if not who]
+
+
+def test_a_writer_that_raises_for_an_earlier_step_counts_this_one(store: MemoryStore) -> None:
+    """Both know that step 0 has failed, one of them has still to say so."""
+    state = state_of(24)
+    with Writers(store, 2, commit_timeout_s=600.0) as writers:
+        with store.failing("put", "w00001-000000.pack", StoreError("no room")):
+            saves = [writers.begin(i, 0, split_view(state, i, 2)) for i in range(2)]
+            assert all(save._attempt.finished.wait(30) for save in saves)
+        with pytest.raises(SaveFailedError):
+            saves[0].wait()
+        errors = writers.save_state(1, state)
+        assert isinstance(errors[1], SaveFailedError) and errors[1].step == 0
+        assert "writer 1 gave the attempt up" in str(errors[0])
+        assert writers.save_state(2, state) == [None, None]
+    assert restored_steps(store) == [2]
+
+
+def test_a_step_that_exists_on_one_writer_counts_on_both(store: MemoryStore) -> None:
+    state = state_of(25)
+    with Writers(store, 2, commit_timeout_s=600.0) as writers:
+        assert writers.save_state(0, state) == [None, None]
+        del writers.each[1]._known[0]
+        errors = writers.save_state(0, state)
+        assert isinstance(errors[0], StepExistsError)
+        assert "writer 0 gave the attempt up" in str(errors[1])
+        assert writers.save_state(1, state) == [None, None]
+    assert same(restored(store, 0), state)
+
+
+def test_a_save_that_is_still_encoded_is_waited_for_after_a_refusal(store: MemoryStore) -> None:
+    """Its increments are taken to the reference, which the next save is going to overwrite."""
+    states = [state_of(26)]
+    for step in range(1, 5):
+        states.append(drifted({**states[0], "ranks": {}}, step) | {"ranks": states[0]["ranks"]})
+    with Writers(store, 2, strategy=DELTA, on_error="warn") as writers:
+        assert writers.save_state(0, states[0]) == [None, None]
+        views = [[split_view(state, i, 2) for i in range(2)] for state in states]
+        first = writers.each[1].begin(1, views[1][1])  # not all of it is captured
+        with pytest.raises(UnsupportedStateError):
+            refuse(writers.each[1], 2)
+        third = writers.each[1].begin(3, views[3][1])
+        encoded = first.pending._attempt.encoded
+        assert third.pending._attempt.predecessor_encoded is encoded
+        for step in (1, 2, 3):
+            writers.begin(0, step, views[step][0])
+        writers.all(lambda i: writers.each[i].wait())
+        assert writers.save_state(4, states[4]) == [None, None]
+    assert {0, 1, 4} <= set(restored_steps(store)) <= {0, 1, 3, 4}
+    for step in restored_steps(store):
+        assert same(restored(store, step), states[step])
+
+
+def test_nobody_speaks_under_a_name_that_was_used_before(store: MemoryStore) -> None:
+    """An abort would be taken for one of that run, which may be alive."""
+    state = state_of(27)
+    with Writers(store, 2, run_id="job1") as writers:
+        writers.save_state(0, state)
+    with Writers(store, 2, run_id="job1") as writers:
+        for unfit in UNFIT:
+            errors = save_unless_unfit(writers, 0, state, unfit, {0, 1})
+            assert all("could not be told" in str(e.__notes__) for e in errors)
+    assert store.keys(".abort") == []
 
 
 # -- starting again ----------------------------------------------------------------------------

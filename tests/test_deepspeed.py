@@ -140,6 +140,48 @@ def test_increments_of_engines_replay_the_optimizer(runs, saved, name):
     assert sum(block.block.nbytes for block in blocks) < 0.16 * raw
 
 
+CAPTURED = {
+    "captured-0": Setting(0),
+    "captured-1": Setting(1, "bf16", groups=True, width=200),
+    "captured-2": Setting(2, "bf16", groups=True, width=200, clip=0.05),
+    "captured-3": Setting(3, "bf16", groups=True, width=200, clip=0.05),
+    "captured-fp32": Setting(3),
+    "captured-nesterov": Setting(2, optimizer="nesterov"),
+    "captured-offload": Setting(3, zero={"offload_optimizer": _ON_CPU}),
+    "captured-sums-in-fp32": Setting(
+        1, "bf16", groups=True, more={"data_types": {"grad_accum_dtype": "fp32"}}
+    ),
+}
+
+
+def test_gradients_are_captured_as_the_optimizer_is_given_them(runs):
+    each = {
+        name: (deepspeed_runs.save_gradients, str(runs / name), setting)
+        for name, setting in CAPTURED.items()
+    }
+    for name, ranks in _by_name(start(of_all, runs / "gradients", each)).items():
+        gradients, norm = ranks[0]
+        clip = CAPTURED[name].clip
+        assert len(gradients) > 5
+        assert not clip or norm > 1.5 * clip
+        with asymcheck.open_checkpoint(runs / name, STOP) as checkpoint:
+            for path, before in gradients.items():
+                found = checkpoint[f"gradients/{path}"][...]
+                expected = before.numpy() * (clip / (norm + 1e-6) if clip else 1.0)
+                tolerance = 1e-5 if clip else 0.0
+                assert np.allclose(found, expected, rtol=tolerance, atol=0.0), (name, path)
+
+
+@pytest.mark.parametrize("name", ["captured-1", "captured-2", "captured-3"])
+def test_everything_follows_from_captured_gradients(runs, name):
+    with closing(open_store(runs / name)) as store:
+        blocks = [b for b in load_index(store, STOP).blocks() if b.codec.id == "replay"]
+    assert "gradients" in {block.box.leaf.kind for block in blocks}
+    raw = sum(block.nbytes for block in blocks)
+    assert raw > 4 * 4 * 3 * 0.8 * 200 * 200
+    assert sum(block.block.nbytes for block in blocks) < 0.12 * raw
+
+
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_a_skipped_update_is_no_step(saved, name):
     at_building = name == "overflow-0"  # DeepSpeed steps that optimizer once, without gradients

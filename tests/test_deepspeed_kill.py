@@ -31,7 +31,7 @@ SURVIVOR_ENDS_S = 120
 def live(
     directory: Path, width: int, victim: int, point: str, number: int
 ) -> tuple[list[int], list[str]]:
-    """Two ranks, one of which may die; their exit codes, and what rank 0 has said."""
+    """Two ranks, one of which may die; their exit codes, and the whole lines of rank 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -52,7 +52,8 @@ def live(
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], said[0].splitlines()
+    whole = said[0][: said[0].rfind("\n") + 1]  # it may have been killed amid a line
+    return [process.returncode for process in processes], whole.splitlines()
 
 
 def live_and_check(

@@ -153,6 +153,7 @@ def several(tmp_path_factory):
     runs |= {name: (scripts.fail_to_save, name) for name in ("raise", "warn")}
     runs |= {f"scale-{stage}": (scripts.scale_losses, Setting(stage)) for stage in (2, 3)}
     runs |= {"twice": (scripts.save_a_tag_twice,)}
+    runs |= {"lost": (scripts.lose_the_disk,)}
     runs |= {"others": (scripts.take_tags_for_others,)}
     runs |= {"unseen": (scripts.load_where_one_rank_sees_nothing,)}
     placed = {name: (worker, f"{root}/{name}", *more) for name, (worker, *more) in runs.items()}
@@ -185,6 +186,12 @@ def test_a_failing_save_leaves_latest_and_the_next_one_is_good(several, on_error
 
 def test_a_tag_saved_again_at_another_stage(several):
     assert several["twice"] == [(4, 4), (4, 4)]
+
+
+def test_a_lost_disk_costs_nothing_that_the_mirror_has(several):
+    for then, now, steps in several["lost"]:
+        assert differences(then, now) == []
+        assert len(steps) == 1
 
 
 def test_rank_0_says_for_all_what_a_tag_names(several):

@@ -7,27 +7,34 @@ that the file's commands name. A comment on the line before a block changes that
 
     <!-- test: skip REASON -->          do not run it, because
     <!-- test: fresh -->                 an empty namespace and directory from here on
-    <!-- test: fixture NAME -->          call a function of `FIXTURES` in the directory first
+    <!-- test: fixture NAME -->          enter a context of `FIXTURES` in the directory first; it
+                                         lasts to the end of the file
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from sample_run import state_at, write_run
+from servers.gcs import GcsServer
+from servers.s3 import MissingServerError, S3Server
 
 from asymcheck.codecs import _CODECS, codec_by_name
-from asymcheck.commit import MAX_CHAIN, MAX_COMMIT_NBYTES
+from asymcheck.commit import MAX_CHAIN, MAX_COMMIT_NBYTES, committed_steps
 from asymcheck.index import MAX_CORNERS
 from asymcheck.manifest import (
     MAX_BLOCK_NBYTES,
@@ -40,15 +47,48 @@ from asymcheck.manifest import (
 )
 from asymcheck.policy import Never
 from asymcheck.state import DTYPES
+from asymcheck.stores import Store, StoreOptions, open_store
 from asymcheck.stores.base import MAX_KEY_LENGTH
 from asymcheck.tree import MAX_DEPTH
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FIXTURES: Mapping[str, Callable[[], None]] = {
-    "run": lambda: write_run("runs/a"),
-    "raw_run": lambda: write_run("runs/a", policy=Never()),
+
+
+def made(*arguments: Any, **options: Any) -> AbstractContextManager[object]:
+    """A run, written in advance."""
+    write_run(*arguments, **options)
+    return nullcontext()
+
+
+@contextmanager
+def gcs_server() -> Iterator[None]:
+    """A stand-in for Google Cloud Storage with the bucket `my-bucket`."""
+    with GcsServer(bucket="my-bucket") as server, patch.dict(os.environ, server.environment):
+        yield
+        assert server.violations == []
+
+
+@contextmanager
+def s3_server() -> Iterator[None]:
+    """moto's S3 server at `S3_ENDPOINT`, with the bucket `my-bucket`."""
+    try:
+        with S3Server() as server:
+            request = urllib.request.Request(f"{server.url}/my-bucket", method="PUT")
+            urllib.request.urlopen(request, timeout=60).close()
+            with patch.dict(os.environ, server.environment | {"S3_ENDPOINT": server.url}):
+                yield
+    except MissingServerError as error:
+        pytest.skip(str(error))
+
+
+FIXTURES: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
+    "run": lambda: made("runs/a"),
+    "raw_run": lambda: made("runs/a", policy=Never()),
+    "gcs_server": gcs_server,
+    "s3_server": s3_server,
 }
+SERVED = {"gcs_server": "gs://my-bucket/", "s3_server": "s3://my-bucket/"}
 OPTIONAL = ("torch", "transformers", "accelerate", "lightning")
 
 _FENCE = re.compile(r"```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -92,7 +132,8 @@ def steps_named(commands: list[list[str]]) -> tuple[int, ...]:
 
 
 def run_command(command: list[str], steps: tuple[int, ...], place: str) -> None:
-    if len(command) > 2 and not command[2].startswith("-") and not Path(command[2]).exists():
+    command = [os.path.expandvars(word) for word in command]
+    if len(command) > 2 and not command[2].startswith("-") and not is_made(command[2]):
         write_run(command[2], steps)
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -105,11 +146,22 @@ def run_command(command: list[str], steps: tuple[int, ...], place: str) -> None:
     assert done.returncode in allowed, f"{place}: {shlex.join(command)}: {done.stderr}"
 
 
+def is_made(run: str) -> bool:
+    """Whether there is a run of that name, or (for `import`) a file."""
+    return bool(committed_steps(open_store(run))) if "://" in run else Path(run).exists()
+
+
 def run_document(document: Path, directory: Path) -> dict[str, Any]:
     """Run all blocks; the namespace at the end."""
+    with ExitStack() as fixtures:
+        return run_blocks(document, directory, fixtures)
+
+
+def run_blocks(document: Path, directory: Path, fixtures: ExitStack) -> dict[str, Any]:
     blocks = list(blocks_of(document.read_text()))
     steps = steps_named([command for block in blocks for command in commands_of(block)])
     namespace: dict[str, Any] = {}
+    served: list[str] = []
     for block in blocks:
         place = f"{document.name}:{block.line}"
         if block.marker == "skip":
@@ -121,17 +173,22 @@ def run_document(document: Path, directory: Path) -> dict[str, Any]:
             directory.mkdir()
             os.chdir(directory)
         if block.marker == "fixture":
-            FIXTURES[block.argument or ""]()
+            fixtures.enter_context(FIXTURES[block.argument or ""]())
+            served.append(SERVED.get(block.argument or "", "nowhere"))
         if block.language == "python":
+            check_places(block, served, place)
             run_python(block, namespace, document, place)
         for command in commands_of(block):
             run_command(command, steps, place)
     return namespace
 
 
+def check_places(block: Block, served: list[str], place: str) -> None:
+    for url in _ELSEWHERE.findall(block.code):
+        assert url.startswith(tuple(served)), f"{place}: {url} is not in a temporary place"
+
+
 def run_python(block: Block, namespace: dict[str, Any], document: Path, place: str) -> None:
-    elsewhere = _ELSEWHERE.search(block.code)
-    assert elsewhere is None, f"{place}: {elsewhere and elsewhere[0]} is not in a temporary place"
     for name in OPTIONAL:
         if name in block.code:
             pytest.importorskip(name, reason=f"{place} needs {name}")
@@ -233,6 +290,47 @@ def test_the_specification_has_the_limits_of_the_code() -> None:
     }
 
 
+def stores_section(name: str) -> str:
+    """A section of docs/stores.md."""
+    text = (ROOT / "docs" / "stores.md").read_text()
+    return re.split(rf"^## {name}$", text, flags=re.MULTILINE)[1].partition("\n## ")[0]
+
+
+# Nothing is asked of any server here.
+KINDS: Mapping[str, Callable[[], Store]] = {
+    "`file://`": lambda: open_store("runs/a"),
+    "`memory://`": lambda: open_store("memory://a"),
+    "`tensorstore+file://`": lambda: open_store("tensorstore+file:///a"),
+    "`hdfs://`": lambda: open_store("hdfs://name:8020/a"),
+    "`webhdfs://`": lambda: open_store("webhdfs://name:9870/a"),
+    "`gs://`": lambda: open_store("gs://my-bucket"),
+    "`s3://`": lambda: open_store("s3://my-bucket"),
+}
+
+
+def test_the_guarantees_are_those_of_the_code() -> None:
+    pytest.importorskip("hdfs_native", reason="pip install asymcheck[hdfs]")
+    rows = {
+        kind: row[1:]
+        for row in table_rows(stores_section("What they promise"))[1:]
+        for kind in row[0].split(", ")
+    }
+    assert rows.keys() == KINDS.keys()
+    for kind, opened in KINDS.items():
+        with closing(opened()) as store:
+            promised = dataclasses.asdict(store.guarantees)
+        promised.pop("concurrency")  # an option
+        assert rows[kind] == [_yes(p) if isinstance(p, bool) else p for p in promised.values()]
+
+
+def test_the_options_are_those_of_the_code() -> None:
+    rows = {row[0].strip("`"): row[1] for row in table_rows(stores_section("Options"))[1:]}
+    fields = {field.name: field.default for field in dataclasses.fields(StoreOptions)}
+    assert rows.keys() == fields.keys()
+    for name in ("retries", "timeout_s", "concurrency"):
+        assert float(rows[name]) == fields[name]
+
+
 def test_links_lead_somewhere() -> None:
     for document in DOCUMENTS:
         text = document.read_text()
@@ -275,6 +373,7 @@ def test_blocks_share_a_namespace_until_fresh(
         ("```python\n1 / 0\n```\n", ZeroDivisionError),
         ("<!-- test: skip -->\n```python\n1 / 0\n```\n", AssertionError),
         ("```python\nurl = 'file:///runs/a'\n```\n", AssertionError),
+        ("```python\nurl = 's3://my-bucket/a'\n```\n", AssertionError),
         ("```bash\nasymcheck ls runs/b --nonsense\n```\n", AssertionError),
         ("<!-- test: fixture nonsense -->\n```python\n1\n```\n", KeyError),
     ],

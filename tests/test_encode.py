@@ -18,14 +18,14 @@ from asymcheck.buffers import BufferPool
 from asymcheck.codecs import PlaneCodec, TopKCodec, codec_by_name
 from asymcheck.codecs.base import Codec, Column
 from asymcheck.cost import CostModel
-from asymcheck.encode import MIN_CAPTURE_BUFFERS, CapturedUnit, Encoder
+from asymcheck.encode import MIN_CAPTURE_BUFFERS, CapturedRun, Encoder
 from asymcheck.errors import CaptureTimeoutError, CodecError
 from asymcheck.flush import FlushQueue
 from asymcheck.partition import Phase, Window
 from asymcheck.plan import make_plan
 from asymcheck.policy import Always, CompressionPolicy, Decision, Never, PolicyRequest
 from asymcheck.reference import Reference
-from asymcheck.state import dtype_of, numpy_view
+from asymcheck.state import DTYPES, dtype_of, numpy_view
 
 BUFFER = 1 << 16
 WINDOWS = [Window(Phase.FORWARD, 0, 1.0), Window(Phase.BACKWARD, 0, 2.0)]
@@ -79,20 +79,21 @@ class Bench:
         self.encoder.begin(attempt, reference)
         return attempt
 
-    def place_all(self, attempt: Attempt) -> Iterator[CapturedUnit]:
-        for position, unit in enumerate(attempt.plan.units):
-            yield self.encoder.place(attempt, unit, position)
+    def place_all(self, attempt: Attempt) -> Iterator[CapturedRun]:
+        """One unit at a time."""
+        for number in range(len(attempt.plan.units)):
+            yield self.encoder.place(attempt, range(number, number + 1))
 
-    def capture(self, captured: CapturedUnit, state: Any) -> None:
+    def capture(self, captured: CapturedRun, state: Any) -> None:
         sources = numpy_view(state).sources
         for column in captured.columns:
-            sources[column.source].read_into(captured.unit.start, captured.unit.count, column.view)
+            sources[column.source].read_into(column.unit.start, column.unit.count, column.view)
         captured.note_captured()
 
     def save(self, state: Any, reference: Reference | None = None, **more: Any) -> Attempt:
         attempt = self.begin(state, reference, **more)
-        for captured in self.place_all(attempt):
-            self.capture(captured, state)
+        for run in attempt.plan.runs:
+            self.capture(self.encoder.place(attempt, run), state)
         self.encoder.end(attempt)
         assert attempt.flushed.wait(30)
         return attempt
@@ -220,6 +221,50 @@ def test_raw_and_coded_leaves_of_one_parameter(
     codecs = {(attempt.plan.specs[r.source].kind, r.codec.id) for r in rows(attempt)}
     assert {("exp_avg", "raw"), ("exp_avg_sq", "raw"), ("half", "plane")} <= codecs
     assert used.capture_pool.used_nbytes == used.pack_pool.used_nbytes == 0
+
+
+@pytest.mark.parametrize("pack_nbytes", [4096, 20_000, BUFFER])
+def test_many_small_leaves_raw_and_coded(
+    store: MemoryStore, benches: list[Bench], pack_nbytes: int
+) -> None:
+    """Many units are captured in one go, with the fewest buffers that promise progress."""
+    used = bench(
+        benches,
+        store,
+        policy=Mixed(),
+        capture_buffers=MIN_CAPTURE_BUFFERS,
+        pack_nbytes=pack_nbytes,
+    )
+    rng = np.random.default_rng(5)
+    kinds = ("params", "exp_avg", "exp_avg_sq", "half")
+    sizes = {f"w{i}": int(n) for i, n in enumerate(rng.integers(1, 700, 500))}
+    state = {
+        kind: {
+            name: rng.standard_normal(n).astype(DTYPES["bfloat16" if kind == "half" else "float32"])
+            for name, n in sizes.items()
+        }
+        for kind in kinds
+    }
+    attempt = used.save(state)
+    assert len(attempt.plan.runs) < len(attempt.plan.units) / 5
+    assert as_bytes(decoded(store, attempt)) == bytes_of(state)
+    assert attempt.blocks.group == sorted(attempt.blocks.group)
+    assert used.capture_pool.used_nbytes == used.pack_pool.used_nbytes == 0
+
+
+def test_what_coding_costs_is_learned_once_for_a_run(
+    store: MemoryStore, benches: list[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int]] = []
+    saved: list[tuple[str, ...]] = []
+    used = bench(benches, store, policy=Always("plane"))
+    monkeypatch.setattr(used.cost, "observe", lambda key, nbytes, _: told.append((key, nbytes)))
+    monkeypatch.setattr(used.cost, "observe_ratio", lambda *place: saved.append(place[:3]))
+    state = {k: {f"w{i}": np.zeros(100, np.float32) for i in range(50)} for k in ("a", "b")}
+    attempt = used.save(state)
+    assert sum(nbytes for _, nbytes in told) == 40_000
+    assert len(told) == len(attempt.plan.runs) and {key for key, _ in told} == {"encode:plane"}
+    assert saved == [("plane", "a", "float32"), ("plane", "b", "float32")] * len(told)
 
 
 def test_no_pack_is_sent_before_its_bytes_are_captured(
@@ -423,7 +468,7 @@ def test_giving_up_for_want_of_memory_leaks_none(
     )
     state = training_state(8, 100_000)
     attempt = used.begin(state)
-    placed: list[CapturedUnit] = []
+    placed: list[CapturedRun] = []
     with pytest.raises(CaptureTimeoutError) as raised:
         placed.extend(used.place_all(attempt))  # nothing is ready, so nothing comes back
         raise AssertionError("there was memory enough")

@@ -35,6 +35,7 @@ SURFACE = {
         "ShardSpec",
         "StateView",
         "Store",
+        "StoreOptions",
         "Strategy",
         "Synchronous",
         "errors",
@@ -59,7 +60,7 @@ SURFACE = {
         "codec_from_manifest",
         "warm_up",
     },
-    "asymcheck.stores": {"LocalStore", "Store", "open_store"},
+    "asymcheck.stores": {"LocalStore", "Store", "StoreOptions", "open_store"},
     "asymcheck.strategies": {
         "STRATEGIES",
         "AsymCheck",

@@ -113,6 +113,76 @@ def test_several_puts_at_once() -> None:
     assert queue.close()
 
 
+def test_threads_are_started_as_there_is_work_for_them(store: MemoryStore) -> None:
+    before = threading.active_count()
+    log, queue = Log(), FlushQueue(store.put, 32, 1000)
+    assert threading.active_count() == before
+    for i in range(10):  # one after the other: one thread is enough
+        queue.submit(f"k{i}", blob(10), log.done(f"k{i}"))
+        assert queue.flush(30)
+    assert threading.active_count() == before + 1
+    with store.hold("put", "held") as held:
+        for i in range(3):
+            queue.submit(f"held{i}", blob(10), log.done(f"held{i}"))
+            held.await_calls(i + 1)
+            assert threading.active_count() == before + i + 1
+    assert queue.close()
+    assert threading.active_count() == before
+
+
+def test_how_many_at_a_time_can_be_changed(store: MemoryStore) -> None:
+    log, queue = Log(), FlushQueue(store.put, 1, 1000)
+    with store.hold("put", "k") as held:
+        for i in range(8):
+            queue.submit(f"k{i}", blob(10), log.done(f"k{i}"))
+        held.await_calls(1)
+        queue.allow(4)
+        queue.submit("k8", blob(10), log.done("k8"))
+        held.await_calls(4)
+        queue.allow(2)
+        queue.submit("k9", blob(10), log.done("k9"))
+        assert not queue.flush(0.05)
+        assert held.waiting == 4 and queue.puts_in_flight == 2
+    assert queue.close()
+    assert log.errors == {f"k{i}": None for i in range(10)}
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 3))
+def test_never_more_at_a_time_than_allowed_and_in_order(widths: list[int], jobs: int) -> None:
+    """The width falls only while nothing is under way, so every moment has one bound."""
+    lock, running, begun = threading.Lock(), [0], []
+
+    def put(key: str, data: memoryview) -> None:
+        with lock:
+            running[0] += 1
+            assert running[0] <= queue.puts_in_flight
+            begun.append(key)
+        with lock:
+            running[0] -= 1
+
+    log, queue = Log(), FlushQueue(put, 1, 10_000)
+    keys = [f"{width}-{i}-{j}" for i, width in enumerate(widths) for j in range(jobs * width)]
+    for i, width in enumerate(widths):
+        assert queue.flush(30)
+        queue.allow(width)
+        for key in (key for key in keys if key.split("-")[1] == str(i)):
+            queue.submit(key, blob(1), log.done(key))
+    assert queue.close()
+    assert log.errors == dict.fromkeys(keys)
+    if set(widths) == {1}:
+        assert begun == keys
+
+
+def test_one_at_a_time_is_in_order(store: MemoryStore) -> None:
+    log, queue = Log(), FlushQueue(store.put, 1, 1000)
+    keys = [f"k{i:03}" for i in range(50)]
+    for key in keys:
+        queue.submit(key, blob(1), log.done(key))
+    assert queue.close()
+    assert store.called("put") == keys
+
+
 def test_errors_are_delivered_and_do_not_stop_the_rest(store: MemoryStore) -> None:
     log, queue = Log(), FlushQueue(store.put, 2, 1000)
     error = StoreError("no")

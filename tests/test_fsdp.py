@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections import Counter
 from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ from asymcheck.reader import Checkpoint  # noqa: E402
 from asymcheck.reshard import boxes_of_range  # noqa: E402
 from asymcheck.stores import open_store  # noqa: E402
 from asymcheck_torch.parts import part_of, share  # noqa: E402
+from asymcheck_torch.sharding_types import is_dtensor, is_fsdp1, is_fsdp2  # noqa: E402
 from asymcheck_torch.world import World  # noqa: E402
 
 KINDS = ["fsdp", "low", "columns", "offload", "whole", "tensor", "ddp"]  # of two ranks
@@ -237,6 +240,33 @@ def test_gradients_from_before_restoring_do_not_count(folder, saved):
             end = end | {"buffers/seen": expected["buffers/seen"]}
             assert differences(end, expected) == [], (kind, reduced)
             assert losses_again == losses
+
+
+def test_gradients_are_captured_as_they_are_reduced(folder):
+    runs = {kind: (str(folder / f"gradients-{kind}"), kind) for kind in KINDS}
+    found = start(of_all, folder / "gradients", fsdp_runs.save_gradients, runs)
+    for kind, ranks in _by_name(found).items():
+        with asymcheck.open_checkpoint(runs[kind][0], STOP) as checkpoint:
+            assert len(ranks[0]) > 5
+            for name, expected in ranks[0].items():
+                gradient = checkpoint[f"gradients/{name}"][...]
+                assert np.array_equal(gradient, expected.numpy()), (kind, name)
+
+
+def test_gradients_that_are_yet_to_be_summed_are_captured_as_sums(folder):
+    url = str(folder / "partial")
+    found = start(fsdp_runs.save_partial_gradients, folder / "partial-gradients", url)
+    for expected, placements in found:
+        assert "Partial" in placements
+        with asymcheck.open_checkpoint(url, 1) as checkpoint:
+            assert np.array_equal(checkpoint["gradients/0.weight"][...], expected.numpy())
+
+
+def test_modules_that_another_thread_is_importing_have_no_types_yet(monkeypatch):
+    for name in ("torch.distributed.tensor", "torch.distributed.fsdp"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for is_of_type in (is_dtensor, is_fsdp1, is_fsdp2):
+        assert not is_of_type(torch.ones(1))
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])

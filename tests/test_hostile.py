@@ -384,6 +384,13 @@ COMMIT_LIES: dict[str, Change] = {
     "depth-huge": assign("depth", value=HUGE),
     "created-never": assign("created_unix_s", value=-1),
     "created-text": assign("created_unix_s", value="now"),
+    "base-at-itself": assign("base_at", value=TARGET - 1),
+    "base-at-before": assign("base_at", value=0),
+    "base-at-negative": assign("base_at", value=-1),
+    "base-at-huge": assign("base_at", value=10**12),
+    "base-at-text": assign("base_at", value="5"),
+    "base-at-fraction": assign("base_at", value=5.5),
+    "base-at-true": assign("base_at", value=True),
     "unknown-member": assign("latest", value=True),
 }
 
@@ -392,6 +399,12 @@ COMMIT_LIES: dict[str, Change] = {
 def test_a_commit_record_that_lies(honest: Objects, lie: str):
     error = refused(forge(honest, of_commit=COMMIT_LIES[lie]))
     assert isinstance(error, FormatError | CorruptionError | CheckpointNotFoundError), repr(error)
+
+
+@pytest.mark.parametrize("base_at", [TARGET, 10**12 - 1, None])
+def test_an_announced_base_says_nothing_to_readers(honest: Objects, base_at: int | None):
+    step = open_step(store_of(forge(honest, of_commit=assign("base_at", value=base_at))), TARGET)
+    assert same(step.state(), honest_state(TARGET))
 
 
 def test_a_chain_that_loops(honest: Objects):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,25 @@ def test_a_damaged_step_is_passed_over(uninterrupted: dict[str, Any], tmp_path: 
     assert differences(outcome(trainer), uninterrupted) == []
     with open_checkpoint(url, 7) as checkpoint:
         checkpoint.verify()
+
+
+def test_a_lost_disk_costs_nothing_that_the_mirror_has(
+    uninterrupted: dict[str, Any], tmp_path: Path
+):
+    url, mirror = tmp_path / "run", tmp_path / "mirror"
+    asymcheck = AsymCheckCallback(url, mirror=mirror)
+    trainer = trainer_of(tmp_path / "output", asymcheck, Stop("on_pre_optimizer_step", 7))
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    asymcheck.close()
+    assert committed_steps(LocalStore(mirror))[-1] == 7
+    shutil.rmtree(url)
+    asymcheck = AsymCheckCallback(url, mirror=mirror)
+    trainer = trainer_of(tmp_path / "output", asymcheck)
+    trainer.train(resume_from_checkpoint=asymcheck.resume_point())
+    assert trainer._initial_global_step == 7
+    assert differences(outcome(trainer), uninterrupted) == []
+    assert committed_steps(LocalStore(url))[-1] == committed_steps(LocalStore(mirror))[-1] == LAST
 
 
 def test_the_best_model_does_not_get_into_the_last_checkpoint(tmp_path: Path):

@@ -89,7 +89,9 @@ def test_steps_deleted_in_every_order(run: Path, order: tuple[int, ...], tmp_pat
                 assert np.array_equal(found["params"]["w"], state(kept)["params"]["w"])
 
 
-@pytest.mark.parametrize("strategy", ["asymcheck-naive", AsymCheck(policy=Changing())], ids=str)
+@pytest.mark.parametrize(
+    "strategy", ["asymcheck-naive", AsymCheck(policy=Changing())], ids=["naive", "changing"]
+)
 def test_a_step_that_is_no_increment_keeps_nothing_of_another(
     strategy: Any, tmp_path: Path
 ) -> None:

@@ -464,7 +464,7 @@ def test_errors_of_writing_come_out_of_the_next_call(
     manager.save(0, args=OURS.save({"w": jnp.ones(10)}))
     manager.wait_until_finished()
     with monkeypatch.context() as broken:
-        broken.setattr(handler._directories, "put", _fails)
+        broken.setattr(handler._run.directories, "put", _fails)
         manager.save(1, args=OURS.save({"w": jnp.ones(10)}))
         with pytest.raises(AsymCheckError, match="no space"):
             manager.wait_until_finished()

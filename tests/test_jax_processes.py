@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax_processes import TIMEOUT_S, run, start
 
 import asymcheck
 import asymcheck_jax
-
-WORKER = Path(__file__).with_name("jax_worker.py")
-TIMEOUT_S = 240
-
-
-def start(mode: str, directory: Path, count: int, devices: int) -> list[subprocess.Popen[str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = [f"--count={count}", f"--port={port}", f"--devices={devices}"]
-    return [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), mode, str(directory), f"--rank={rank}", *shared],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-
-
-def run(mode: str, directory: Path, count: int, devices: int) -> list[str]:
-    """What the processes say; all must end well."""
-    processes = start(mode, directory, count, devices)
-    try:
-        said = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 0, text[-3000:]
-    return said
 
 
 def bytes_read(said: list[str]) -> list[int]:
@@ -100,11 +66,29 @@ def test_a_step_that_orbax_has_not_named_is_none(tmp_path: Path) -> None:
 
 def test_what_cannot_be_stored_is_refused_by_every_process(tmp_path: Path) -> None:
     for said in run("refuse", tmp_path, 2, 2):
-        refused = [line for line in said.splitlines() if line.startswith("refused")]
-        assert refused == ["refused dates", "refused of one process"]
+        lines = [line for line in said.splitlines() if line.startswith(("refused", "steps"))]
+        assert lines == ["refused dates", "steps [1]", "refused of one process", "steps [1, 3]"]
+
+
+def test_others_learn_what_one_process_cannot_save(tmp_path: Path) -> None:
+    first, second = run("refuse_alone", tmp_path, 2, 2)
+    assert "writer 1 gave the attempt up" in first and "[leaf odd]" in first
+    assert "step 1 failed" in second and "[leaf odd]" in second
+    assert "steps [0, 2]" in first and "steps [0, 2]" in second
 
 
 def test_processes_that_differ_about_the_base_commit_nothing_unreadable(tmp_path: Path) -> None:
     for said in run("differ", tmp_path, 2, 2):
         (steps,) = (line for line in said.splitlines() if line.startswith("steps "))
         assert steps in ("steps [0, 2, 3]", "steps [0, 1, 2, 3]"), said
+
+
+def test_processes_that_choose_differently_save_every_step(tmp_path: Path) -> None:
+    for said in run("unlike", tmp_path, 2, 2):
+        lines = [line for line in said.splitlines() if ": steps " in line]
+        assert lines == ["never: steps [0, 1, 2, 3]", "sooner: steps [0, 1, 2, 3]"], said
+    lengths = []
+    for step in range(4):
+        with asymcheck.open_checkpoint(tmp_path / "sooner" / str(step) / "default") as checkpoint:
+            lengths.append(len(checkpoint.chain))
+    assert lengths == [1, 2, 3, 4]

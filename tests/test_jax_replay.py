@@ -42,10 +42,44 @@ OPTIMIZERS: dict[str, tuple[Any, Any, float]] = {
     ),
     "lion": (optax.lion(1e-4), asymcheck_jax.LionUpdate(1e-4), 0.35),
     "sgd": (optax.sgd(1e-2, momentum=0.9), asymcheck_jax.SGDUpdate(1e-2, 0.9), 0.23),
+    "descent": (optax.sgd(1e-2), asymcheck_jax.SGDUpdate(1e-2), 0.44),
     "nesterov": (
         optax.sgd(1e-2, momentum=0.9, nesterov=True),
         asymcheck_jax.SGDUpdate(1e-2, 0.9),
         0.23,
+    ),
+    "recorded": (
+        optax.chain(
+            optax.clip_by_global_norm(1e-3), asymcheck_jax.record_updates(), optax.adam(1e-3)
+        ),
+        asymcheck_jax.AdamUpdate(1e-3),
+        0.15,  # of a state that is a third larger
+    ),
+    "recorded-lion": (
+        optax.chain(asymcheck_jax.record_updates(), optax.lion(1e-4)),
+        asymcheck_jax.LionUpdate(1e-4),
+        0.15,
+    ),
+    "recorded-descent": (
+        optax.chain(asymcheck_jax.record_updates(), optax.sgd(1e-2)),
+        asymcheck_jax.SGDUpdate(1e-2),
+        0.3,
+    ),
+    "recorded-twice": (
+        optax.chain(
+            asymcheck_jax.record_updates(),
+            optax.clip_by_global_norm(1e-3),
+            asymcheck_jax.record_updates(),
+            optax.adam(1e-3),
+        ),
+        asymcheck_jax.AdamUpdate(1e-3),
+        0.3,
+    ),
+    "low": (optax.adam(1e-3, mu_dtype=jnp.bfloat16), asymcheck_jax.AdamUpdate(1e-3), 0.5),
+    "recorded-low": (
+        optax.chain(asymcheck_jax.record_updates(), optax.adam(1e-3, mu_dtype=jnp.bfloat16)),
+        asymcheck_jax.AdamUpdate(1e-3),
+        0.15,
     ),
     "wrong": (optax.adam(1e-3), asymcheck_jax.AdamUpdate(0.5, b1=0.1, b2=0.2), 0.95),
 }
@@ -104,6 +138,20 @@ def test_optax_is_replayed(name, tmp_path):
         part, codecs = ratio(tmp_path / str(number) / "default")
         assert part < limit
         assert "replay" in codecs
+
+
+def test_recording_changes_nothing_and_keeps_what_the_optimizer_is_given():
+    clip = optax.clip_by_global_norm(1e-3)
+    optimizers = [
+        optax.chain(clip, optax.adam(1e-3)),
+        optax.chain(clip, asymcheck_jax.record_updates(), optax.adam(1e-3)),
+    ]
+    params = {"w": jax.random.normal(jax.random.key(0), (WIDTH,))}
+    gradient = {"w": jax.random.normal(jax.random.key(1), (WIDTH,))}
+    plain, recorded = (each.update(gradient, each.init(params), params) for each in optimizers)
+    assert np.array_equal(plain[0]["w"], recorded[0]["w"])
+    clipped, _ = clip.update(gradient, clip.init(params))
+    assert np.array_equal(recorded[1][1].recorded_gradients["w"], clipped["w"])
 
 
 def test_what_is_not_found_beside_a_parameter_is_not_replayed(tmp_path):

@@ -27,7 +27,7 @@ from asymcheck.policy import Always
 from asymcheck.snapshot import Capture
 from asymcheck.strategies import AsymCheck
 from asymcheck_jax import AsymCheckHandler, AsymCheckRestore, AsymCheckSave
-from asymcheck_jax.directories import HeldStep
+from asymcheck_jax.held import HeldStep
 
 DELTA = AsymCheck(policy=Always("delta"))
 Managers = Callable[..., ocp.CheckpointManager]

@@ -19,15 +19,15 @@ from asymcheck import Checkpointer, open_checkpoint
 from asymcheck.commit import committed_steps
 from asymcheck.errors import CheckpointNotFoundError
 from asymcheck.retention import collect_orphans
-from asymcheck.stores import LocalStore
+from asymcheck.stores import LocalStore, open_store
 
 TESTS = Path(__file__).parent
 LONGEST_LIFE_S = 0.3  # after the first step; a step takes some 10 ms
 LONGEST_START_S = 1.0  # importing and restoring take about half of that
 
 
-def start(directory: Path, life: int, strategy: str, *more: object) -> subprocess.Popen[str]:
-    command = [sys.executable, TESTS / "kill_writer.py", directory, life, strategy, *more]
+def start(url: Path | str, life: int, strategy: str, *more: object) -> subprocess.Popen[str]:
+    command = [sys.executable, TESTS / "kill_writer.py", url, life, strategy, *more]
     return subprocess.Popen(
         [str(word) for word in command],
         stdout=subprocess.PIPE,
@@ -46,9 +46,9 @@ class Victim:
         self.restored = [(int(w[1]), int(w[2])) for w in words if w[0] == "restored"]
 
 
-def live_and_die(directory: Path, life: int, strategy: str, chance: random.Random) -> Victim:
+def live_and_die(url: Path | str, life: int, strategy: str, chance: random.Random) -> Victim:
     """One process, killed as it starts, as it saves for the first time, or (mostly) later."""
-    process = start(directory, life, strategy)
+    process = start(url, life, strategy)
     assert process.stdout is not None
     assert process.stderr is not None
     lines: list[str] = []
@@ -66,22 +66,22 @@ def live_and_die(directory: Path, life: int, strategy: str, chance: random.Rando
     return Victim(lines)
 
 
-def kill_again_and_again(directory: Path, seed: int, kills: int, strategy: str) -> dict[int, int]:
+def kill_again_and_again(url: Path | str, seed: int, kills: int, strategy: str) -> dict[int, int]:
     """The step numbers that were acknowledged, each with the life that saved it."""
     chance = random.Random(seed)
     acknowledged: dict[int, int] = {}
     for life in range(kills):
-        victim = live_and_die(directory, life, strategy, chance)
+        victim = live_and_die(url, life, strategy, chance)
         for step, of in victim.restored:
             assert step >= max(acknowledged, default=0)
             assert of == acknowledged.get(step, of)
         acknowledged.update(dict.fromkeys(victim.durable, life))
-        check_newest(directory, acknowledged)
+        check_newest(url, acknowledged)
     return acknowledged
 
 
-def check_newest(directory: Path, acknowledged: dict[int, int]) -> None:
-    with Checkpointer(directory) as reader:
+def check_newest(url: Path | str, acknowledged: dict[int, int]) -> None:
+    with Checkpointer(url) as reader:
         try:
             step, life = restored(reader.restore())
         except CheckpointNotFoundError:
@@ -91,28 +91,28 @@ def check_newest(directory: Path, acknowledged: dict[int, int]) -> None:
     assert life == acknowledged.get(step, life)
 
 
-def finish(directory: Path, acknowledged: dict[int, int], life: int, strategy: str) -> None:
+def finish(url: Path | str, acknowledged: dict[int, int], life: int, strategy: str) -> None:
     """One whole life; after it nothing of the torn ones is left."""
-    process = start(directory, life, strategy, 4)
+    process = start(url, life, strategy, 4)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     victim = Victim(out.splitlines(keepends=True))
     assert victim.durable == victim.saved
     oracle = Oracle()
-    store = LocalStore(directory)
+    store = open_store(url)
     for step in committed_steps(store):
         for of in range(life + 1):
             oracle.submit(step, known_state(step, of))
     for step, of in {**acknowledged, **dict.fromkeys(victim.durable, life)}.items():
         oracle.acknowledge(step, known_state(step, of))
     check_everything(store, oracle)
-    assert list((directory / ".tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("strategy", ["delta", "asymcheck", "naive"])
 def test_killed_at_any_moment(tmp_path: Path, strategy: str):
     acknowledged = kill_again_and_again(tmp_path, seed=0, kills=3, strategy=strategy)
     finish(tmp_path, acknowledged, 3, strategy)
+    assert list((tmp_path / ".tmp").iterdir()) == []
 
 
 @pytest.mark.long
@@ -122,6 +122,7 @@ def test_killed_at_any_moment_for_long(tmp_path: Path, strategy: str):
     acknowledged = kill_again_and_again(tmp_path, seed=1, kills=40, strategy=strategy)
     assert len(acknowledged) > 100
     finish(tmp_path, acknowledged, 40, strategy)
+    assert list((tmp_path / ".tmp").iterdir()) == []
 
 
 def test_readers_beside_a_writer(tmp_path: Path):
@@ -150,7 +151,7 @@ SLOW_WRITER = """
     import sys
     sys.path.insert(0, TESTS)
     from kill_writer import *
-    from asymcheck.stores import LocalStore
+    from asymcheck.stores import LocalStore, open_store
 
     class Slow(LocalStore):
         def put(self, key, data):

@@ -14,8 +14,22 @@ import pytest
 from memory_store import MemoryStore
 
 from asymcheck import Checkpointer
-from asymcheck.errors import CommitError, SaveFailedError, StoreUnavailableError
-from asymcheck.lease import Lease, LeaseKeeper, live_runs
+from asymcheck.errors import (
+    CommitError,
+    SaveFailedError,
+    StoreFullError,
+    StorePermissionError,
+    StoreUnavailableError,
+)
+from asymcheck.lease import (
+    Lease,
+    LeaseKeeper,
+    copier_number,
+    live_removers,
+    live_runs,
+    removing,
+)
+from asymcheck.manifest import MAX_WRITERS
 from asymcheck.records import seal, unseal
 from asymcheck.retention import collect_orphans
 from asymcheck.stores import process_identity
@@ -235,6 +249,52 @@ def test_other_objects_are_no_leases(store: MemoryStore) -> None:
     store.objects["runs/readme"] = store.objects["runs/UPPER/w00000-00000001.json"] = b""
     assert live_runs(store) == set()
     assert len(store.objects) == 2
+
+
+# -- copiers and removers ----------------------------------------------------------------------
+
+
+def test_a_copier_keeps_its_run_alive_and_removes_nothing(
+    store: MemoryStore, keepers: list[LeaseKeeper]
+) -> None:
+    numbers = {copier_number() for _ in range(1000)}
+    assert len(numbers) > 990
+    assert all(MAX_WRITERS <= number < 10**6 for number in numbers)
+    keeper(keepers, store, run="copied", writer=min(numbers)).ensure()
+    assert live_runs(store) == {"copied"}
+    assert live_removers(store) == set()
+    keeper(keepers, store, run="copied", writer=MAX_WRITERS - 1).ensure()
+    assert live_removers(store) == {"copied"}
+
+
+def test_a_lease_tells_where_it_is(store: MemoryStore, keepers: list[LeaseKeeper]) -> None:
+    held = keeper(keepers, store)
+    assert not held.is_in(store)
+    held.ensure()
+    assert held.is_in(store)
+    assert not held.is_in(MemoryStore("other"))
+    assert not keeper(keepers, store, writer=1).is_in(store)
+
+
+def test_who_removes_holds_a_lease_while_it_does(store: MemoryStore) -> None:
+    with removing(store):
+        (run,) = live_removers(store)
+        with removing(store):
+            assert len(live_removers(store)) == 2
+        assert live_removers(store) == {run}
+    assert store.objects == {}
+    with pytest.raises(ZeroDivisionError), removing(store):
+        raise ZeroDivisionError
+    assert store.objects == {}
+
+
+def test_a_full_store_does_not_keep_anybody_from_removing(store: MemoryStore) -> None:
+    store.objects[ORPHAN] = b"x"
+    with store.failing("put", "runs/", StoreFullError("no room")), removing(store):
+        assert collect_orphans(store) == [ORPHAN]
+    error = StorePermissionError("read-only")
+    with store.failing("put", "runs/", error), pytest.raises(StorePermissionError), removing(store):
+        pytest.fail("it was not allowed to say so")
 
 
 # -- what is collected -------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def example() -> Manifest:
         writers=1,
         base_step=None,
         structure={"dict": [["a", {"dict": [["w", {"leaf": "a/w"}]]}], ["b", {"scalar": "b"}]]},
-        leaves=[Leaf("a/w", "float32", [4, 5], ["tied"]), Leaf("b", "int8", [])],
-        shards=[Shard(0, [0, 0], [4, 5]), Shard(1, [], [])],
+        leaves=[Leaf("a/w", "float32", (4, 5), ("tied",)), Leaf("b", "int8", ())],
+        shards=[Shard(0, (0, 0), (4, 5)), Shard(1, (), ())],
         codecs=[CodecUse("raw"), CodecUse("plane")],
         packs=[
             Pack(pack_key(7, "run-000001", 0, 0), 49),

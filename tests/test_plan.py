@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,14 +156,41 @@ def test_other_windows_move_few_cuts(
     assert inner_cuts(planned(view, others, 256)) <= one
 
 
+def test_small_units_are_captured_in_runs_of_one_partition() -> None:
+    state = {f"w{i}": np.zeros(1000 + i, np.uint8) for i in range(100)} | {"x": np.zeros(9000)}
+    windows = [Window(Phase.FORWARD, i, 1.0) for i in range(3)]
+    plan = planned(numpy_view(state), windows, max_unit_nbytes=1 << 14)
+    assert [i for run in plan.runs for i in run] == list(range(len(plan.units)))
+    sizes: list[int] = []
+    for run in plan.runs:
+        units = [plan.units[i] for i in run]
+        assert len({unit.partition for unit in units}) == 1
+        sizes.append(sum(u.count * plan.itemsizes[s] for u in units for s in u.sources))
+        assert sizes[-1] <= 1 << 14
+    assert len(plan.runs) < len(plan.units) / 2
+    for before, after in itertools.pairwise(plan.runs):
+        first = plan.units[after.start]
+        nbytes = first.count * plan.itemsizes[first.sources[0]]
+        ends = first.partition != plan.units[before.start].partition
+        assert ends or sizes[plan.runs.index(before)] + nbytes > 1 << 14
+
+
+def test_a_flat_state_has_no_kinds() -> None:
+    few = planned(numpy_view({f"w{i}": np.zeros(1, np.int8) for i in range(60)}))
+    assert len(set(few.classes)) == 60
+    many = planned(numpy_view({f"w{i}": np.zeros(1, np.int8) for i in range(100)}))
+    assert set(many.classes) == {("", "int8")}
+    assert [dict(p.nbytes_by_class) for p in many.partitions] == [{("", "int8"): 100}]
+
+
 def test_tables_for_the_manifest() -> None:
     w = np.zeros((2, 3), np.float32)
     plan = planned(numpy_view({"a": w, "b": w, "c": np.int8(3)}))
     assert [(leaf.path, leaf.dtype, leaf.shape, leaf.aliases) for leaf in plan.leaves] == [
-        ("a", "float32", [2, 3], ["b"]),
-        ("c", "int8", [], []),
+        ("a", "float32", (2, 3), ("b",)),
+        ("c", "int8", (), ()),
     ]
-    assert plan.shards == [Shard(0, [0, 0], [2, 3]), Shard(1, [], [])]
+    assert plan.shards == [Shard(0, (0, 0), (2, 3)), Shard(1, (), ())]
     assert plan.owned == ((0, 6), (0, 1))
 
 
@@ -202,7 +230,7 @@ def test_several_boxes_of_one_leaf_are_shards_of_it() -> None:
     halves = [Box((0, 0), (2, 3)), Box((2, 0), (2, 3)), Box((0, 3), (4, 1))]
     plan = planned(StateView({"leaf": "w"}, tuple(halves)))
     assert [leaf.path for leaf in plan.leaves] == ["w"]
-    assert plan.shards == [Shard(0, list(b.offset), list(b.shape)) for b in halves]
+    assert plan.shards == [Shard(0, b.offset, b.shape) for b in halves]
     assert plan.nbytes == 4 * 16 and plan.block_count == 3
 
 

@@ -6,13 +6,18 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from replay_columns import NUMBERS, trained
+from test_strategies import GivenCosts
 
 import asymcheck
+from asymcheck import encode
+from asymcheck.codecs import ReplayCodec
+from asymcheck.codecs.kernels import COMPILING
 from asymcheck.cost import CostModel
 from asymcheck.errors import CorruptionError
 from asymcheck.index import load_index
@@ -219,10 +224,27 @@ def test_replay_is_explored_and_can_be_left_out():
 
 
 def test_a_slow_store_gets_replayed_steps_by_default(tmp_path):
-    save(tmp_path, range(4), AsymCheck(), cost_model=sink(2e7))
+    save(tmp_path, range(4), AsymCheck(), cost_model=GivenCosts(1 / 2e7))
     assert "replay" in {codec for _, codec, _ in blocks_of(tmp_path, 3)}
     with asymcheck.Checkpointer(tmp_path) as checkpointer:
         assert same(checkpointer.restore(), state_at(3))
+
+
+def test_compiling_is_no_cost_of_coding(tmp_path, monkeypatch):
+    """It is paid for once, and would speak against the codec for long."""
+    clock = SimpleNamespace(now_s=0.0, perf_counter=lambda: clock.now_s)
+    monkeypatch.setattr(encode, "time", clock)
+    original = ReplayCodec.encode
+
+    def compiles(codec: ReplayCodec, columns: Any) -> Any:
+        COMPILING.spent_s += 1000.0
+        clock.now_s += 1000.5
+        return original(codec, columns)
+
+    monkeypatch.setattr(ReplayCodec, "encode", compiles)
+    cost = CostModel()
+    save(tmp_path, range(2), cost_model=cost)
+    assert 0.1 < cost.seconds("encode:replay", 3 * 4 * N) < 5
 
 
 # -- damage ------------------------------------------------------------------------------------

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-from memory_store import MemoryStore
+from memory_store import MemoryStore, RemoteStore
 from states import drifted, same, training_state
 
-from asymcheck import Always, AsymCheck, Checkpointer, CostModel
+from asymcheck import Always, AsymCheck, Checkpointer, CostModel, Never
 from asymcheck import codecs as registry
-from asymcheck.commit import MAX_CHAIN, commit_key
+from asymcheck.commit import MAX_CHAIN
 from asymcheck.errors import (
-    CheckpointNotFoundError,
     CodecError,
     CorruptionError,
-    FormatError,
-    StateMismatchError,
     StoreUnavailableError,
-    UnsupportedVersionError,
 )
 from asymcheck.index import StepIndex, StoredBlock, load_chain
-from asymcheck.reader import open_step
-from asymcheck.restore import ChainReader, Want, newest_good
+from asymcheck.reader import open_step, whole
+from asymcheck.restore import ChainReader, Want
+from asymcheck.spans import Spans, reach_of
 from asymcheck.state import ShardSpec
 
 DELTA = AsymCheck(policy=Always("delta"))
@@ -118,6 +116,163 @@ def test_leaves_that_only_decode_together(store: MemoryStore) -> None:
         checkpoint["exp_avg_sq/w"][0]
 
 
+# -- requests and bytes ------------------------------------------------------------------------
+
+MIB = 1 << 20
+
+
+class Reads:
+    """Requests for pieces of packs, and their bytes, since this was made."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self._calls = len(store.called("get_range", ".pack"))
+        self._nbytes = store.read_nbytes
+
+    @property
+    def count(self) -> int:
+        return len(self._store.called("get_range", ".pack")) - self._calls
+
+    @property
+    def nbytes(self) -> int:
+        return self._store.read_nbytes - self._nbytes
+
+
+def small_leaves(count: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    kinds = ("params", "exp_avg", "exp_avg_sq")
+    return {k: {f"w{i}": rng.random((8, 16)) for i in range(count)} for k in kinds}
+
+
+def stored_nbytes(store: MemoryStore, step: int) -> int:
+    return sum(len(store.objects[key]) for key in store.keys(f"{step:016d}-") if ".pack" in key)
+
+
+@pytest.mark.parametrize("remote", [True, False])
+@pytest.mark.parametrize("codec", ["raw", "plane"])
+def test_many_small_leaves_take_few_requests(remote: bool, codec: str) -> None:
+    store, state = RemoteStore() if remote else MemoryStore(), small_leaves(1000)
+    with Checkpointer(store, strategy=AsymCheck(policy=Always(codec))) as checkpointer:
+        checkpointer.save(0, state)
+    checkpoint, reads = open_step(store, 0), Reads(store)
+    assert same(checkpoint.state(), state)
+    assert reads.nbytes == stored_nbytes(store, 0)
+    assert reads.count <= len(store.keys(".pack")) + reads.nbytes / (MIB / 2)
+
+
+def test_a_part_of_small_leaves_is_read_with_what_lies_between(store: MemoryStore) -> None:
+    """Of three kinds side by side one is wanted: a few large reads, not a thousand small ones."""
+    state = small_leaves(1000)
+    with Checkpointer(store, strategy="asymcheck-naive") as checkpointer:
+        checkpointer.save(0, state)
+    checkpoint, reads = open_step(store, 0), Reads(store)
+    arrays = {path: np.empty((8, 16)) for path in checkpoint if path.startswith("exp_avg/")}
+    checkpoint.read_into(whole(path, array) for path, array in arrays.items())
+    assert all(np.array_equal(arrays[f"exp_avg/{k}"], v) for k, v in state["exp_avg"].items())
+    assert reads.count <= 8
+    assert reads.nbytes <= stored_nbytes(store, 0)
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_one_leaf_and_one_row_cost_what_they_hold(remote: bool) -> None:
+    store = RemoteStore() if remote else MemoryStore()
+    rng = np.random.default_rng(0)
+    state = {f"w{i}": rng.integers(0, 256, (16, MIB), np.uint8) for i in range(3)}
+    with Checkpointer(store, strategy="asymcheck-naive", max_host_bytes=1 << 30) as checkpointer:
+        checkpointer.save(0, state)
+    checkpoint = open_step(store, 0)
+    reads = Reads(store)
+    assert np.array_equal(checkpoint["w1"][7, 5:9], state["w1"][7, 5:9])
+    assert reads.count == 1
+    assert MIB / 16 <= reads.nbytes <= 4 * MIB
+    reads = Reads(store)
+    assert np.array_equal(checkpoint["w1"][...], state["w1"])
+    assert reads.nbytes == 16 * MIB
+    assert reads.count <= (3 if remote else 17)
+    reads = Reads(store)
+    assert checkpoint["w1"][3:3].shape == (0, MIB)
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_chain_takes_a_request_a_pack_for_all_its_small_leaves(remote: bool) -> None:
+    store, state = RemoteStore() if remote else MemoryStore(), small_leaves(200)
+    with Checkpointer(store, strategy=DELTA, max_chain=10) as checkpointer:
+        for step in range(6):
+            state = drifted(state, step)
+            checkpointer.save(step, state).wait()
+    checkpoint, reads = open_step(store, 5), Reads(store)
+    assert len(checkpoint.chain) == 6
+    assert same(checkpoint.state(), state)
+    assert reads.nbytes == sum(stored_nbytes(store, step) for step in range(6))
+    assert reads.count <= len(store.keys(".pack")) + (0 if remote else 18)  # of 3600 blocks
+    reads = Reads(store)
+    assert np.array_equal(checkpoint["params/w7"][3], state["params"]["w7"][3])
+    assert reads.count == 6
+    assert reads.nbytes < 6 * 2048
+
+
+def test_what_a_row_needs_of_a_chain_is_read_at_once() -> None:
+    store, state = RemoteStore(), small_leaves(3)
+    with Checkpointer(store, strategy=DELTA, max_chain=10) as checkpointer:
+        for step in range(6):
+            state = drifted(state, step)
+            checkpointer.save(step, state).wait()
+    checkpoint = open_step(store, 5)
+    with store.hold("get_range", ".pack") as held, ThreadPoolExecutor(1) as other:
+        row = other.submit(lambda: checkpoint["params/w2"][3])
+        held.await_calls(6)
+        held.release()
+        assert np.array_equal(row.result(30), state["params"]["w2"][3])
+
+
+def test_many_requests_are_under_way_where_they_are_journeys() -> None:
+    store = RemoteStore(12)
+    state = {f"w{i}": np.full(MIB, i, np.uint8) for i in range(160)}
+    with Checkpointer(store, strategy=AsymCheck(policy=Never()), max_host_bytes=1 << 30) as saver:
+        saver.save(0, state)
+    checkpoint = open_step(store, 0)
+    with store.hold("get_range", ".pack") as held, ThreadPoolExecutor(1) as other:
+        restored = other.submit(checkpoint.state)
+        held.await_calls(12)
+        held.release()
+        assert same(restored.result(60), state)
+
+
+def test_the_records_of_a_chain_are_read_at_once() -> None:
+    store = RemoteStore()
+    saved(store, 5)
+    with store.hold("get", ".manifest") as held, ThreadPoolExecutor(1) as other:
+        opened = other.submit(open_step, store, 4)
+        held.await_calls(5)
+        held.release()
+        assert len(opened.result(30).chain) == 5
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_memory_beside_the_state_is_bounded(remote: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No span is longer than allowed, and no batch has more than twice that in spans."""
+    store = RemoteStore() if remote else MemoryStore()
+    state = {f"w{i}": np.random.default_rng(i).random(20_000) for i in range(200)}
+    saved_states = [state]
+    with Checkpointer(store, strategy=DELTA, max_chain=9, max_host_bytes=1 << 30) as saver:
+        for step in range(10):
+            saver.save(step, saved_states[-1]).wait()
+            saved_states.append(drifted(saved_states[-1], step))
+    reach = reach_of(store)
+    most: list[int] = []
+    read = ChainReader._read
+
+    def watched(self: ChainReader, spans: Spans, requests: Any) -> Any:
+        most.append(spans.nbytes)
+        assert all(s.stop - s.start <= reach.span_nbytes for s in spans.all())
+        return read(self, spans, requests)
+
+    monkeypatch.setattr(ChainReader, "_read", watched)
+    assert same(open_step(store, 9).state(), saved_states[-2])
+    assert len(most) > 3 and max(most) <= 2 * reach.span_nbytes
+
+
 # -- damage ------------------------------------------------------------------------------------
 
 
@@ -197,7 +352,8 @@ def read(store: MemoryStore, chain: list[StepIndex], path: str) -> None:
 
 def change_block(stored: StoredBlock, **changes: Any) -> None:
     blocks = stored.box.blocks
-    blocks[blocks.index(stored)] = replace(stored, block=replace(stored.block, **changes))
+    block = msgspec.structs.replace(stored.block, **changes)
+    blocks[blocks.index(stored)] = msgspec.structs.replace(stored, block=block)
 
 
 def test_an_absurd_payload_is_not_allocated(store: MemoryStore) -> None:
@@ -235,7 +391,7 @@ def test_a_base_must_hold_what_the_increment_needs(store: MemoryStore) -> None:
         read(store, chain[:1], "params/h.w")
     base = chain[1].leaves["params/h.w"]
     (box,) = base.boxes.values()
-    box.leaf = replace(box.leaf, dtype="float64")
+    box.leaf = msgspec.structs.replace(box.leaf, dtype="float64")
     with pytest.raises(CorruptionError, match="another dtype"):
         read(store, chain, "params/h.w")
     base.boxes.clear()
@@ -244,88 +400,3 @@ def test_a_base_must_hold_what_the_increment_needs(store: MemoryStore) -> None:
     del chain[1].leaves["params/h.w"]
     with pytest.raises(CorruptionError, match="does not hold the box"):
         read(store, chain, "params/h.w")
-
-
-# -- the newest good step ----------------------------------------------------------------------
-
-
-def steps_with(store: MemoryStore, count: int) -> None:
-    for step in range(count):
-        store.objects[commit_key(step)] = b""
-
-
-@pytest.mark.parametrize("error", [CorruptionError, FormatError, CheckpointNotFoundError])
-def test_falls_back_loudly(
-    store: MemoryStore, error: type[Exception], caplog: pytest.LogCaptureFixture
-) -> None:
-    steps_with(store, 5)
-    asked: list[int] = []
-    damaged: list[int] = []
-
-    def attempt(step: int) -> str:
-        asked.append(step)
-        if step > 2:
-            raise error(f"no {step}")
-        return f"step {step}"
-
-    with caplog.at_level(logging.ERROR):
-        assert newest_good(store, attempt, lambda s, e: damaged.append(s)) == "step 2"
-    assert (asked, damaged) == ([4, 3, 2], [4, 3])
-    assert "step 4 cannot be restored" in caplog.text and "no 3" in caplog.text
-
-
-def test_a_step_that_is_removed_while_it_is_read(store: MemoryStore) -> None:
-    """The writer goes on, and its retention with it: there is a newer step."""
-    steps_with(store, 3)
-    damaged: list[int] = []
-
-    def attempt(step: int) -> str:
-        if step == 2:
-            store.put(commit_key(3), memoryview(b""))
-            for old in (0, 1, 2):
-                store.delete(commit_key(old))
-            raise CorruptionError("no such object")
-        return f"step {step}"
-
-    assert newest_good(store, attempt, lambda s, e: damaged.append(s)) == "step 3"
-    assert damaged == []
-
-
-def test_none_is_good(store: MemoryStore) -> None:
-    with pytest.raises(CheckpointNotFoundError, match="there is no checkpoint"):
-        newest_good(store, lambda s: s, lambda s, e: None)
-    steps_with(store, 3)
-
-    def attempt(step: int) -> None:
-        raise CorruptionError(f"torn {step}")
-
-    with pytest.raises(CheckpointNotFoundError, match="no checkpoint is whole") as raised:
-        newest_good(store, attempt, lambda s, e: None)
-    assert "torn 2" in str(raised.value.__cause__)
-    assert store.url in str(raised.value.hint)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        StoreUnavailableError("503"),
-        StateMismatchError("shape"),
-        UnsupportedVersionError("v9"),
-        MemoryError(),
-        KeyboardInterrupt(),
-    ],
-    ids=lambda e: type(e).__name__,
-)
-def test_other_failures_say_nothing_about_older_steps(
-    store: MemoryStore, error: BaseException
-) -> None:
-    steps_with(store, 3)
-    asked: list[int] = []
-
-    def attempt(step: int) -> None:
-        asked.append(step)
-        raise error
-
-    with pytest.raises(type(error)):
-        newest_good(store, attempt, lambda s, e: None)
-    assert asked == [2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_store import MemoryStore
 from states import drifted, same, training_state
+from writers import Writers
 
-from asymcheck import Always, AsymCheck, Checkpointer
+from asymcheck import Always, AsymCheck, Checkpointer, Never
 from asymcheck.commit import commit_key
 from asymcheck.errors import CorruptionError, StoreError, StorePermissionError
 from asymcheck.retention import Committed, Retention, remove_step, survey
@@ -190,6 +193,19 @@ def test_the_first_sweep_may_fail_too(store: MemoryStore) -> None:
     assert checkpointer.steps() == [0]
 
 
+def test_what_another_writer_builds_on_is_kept(store: MemoryStore) -> None:
+    """Writer 0, which removes steps, stores everything in full; writer 1 stores increments."""
+    full = {0: {"strategy": AsymCheck(policy=Never())}}
+    delta = AsymCheck(policy=Always("delta"))
+    state = training_state(0)
+    with Writers(store, 2, strategy=delta, max_to_keep=1, max_chain=2, each=full) as writers:
+        for step in range(5):
+            state = drifted(state, step)
+            assert writers.save_state(step, state) == [None, None]
+            assert same(Checkpointer(store).restore(), {**state, "ranks": {}})
+    assert list(survey(store)) == [3, 4]
+
+
 def test_removing_a_step_twice_is_no_error(store: MemoryStore) -> None:
     saved(store, range(2))
     committed = survey(store)[0]
@@ -218,3 +234,15 @@ def test_a_lost_base_costs_only_the_steps_on_it(store: MemoryStore) -> None:
             reader.restore(step)
     for step in (0, 1, 2, 6, 7, 8):
         assert same(reader.restore(step), states[step])
+
+
+def test_records_are_read_side_by_side_where_requests_take_long():
+    store = MemoryStore()
+    with Checkpointer(store, max_chain=0, max_host_bytes=8 << 20) as checkpointer:
+        for step in range(6):
+            checkpointer.save(step, {"w": np.arange(10)})
+    alone = survey(store)
+    together = threading.Barrier(3, timeout=30)  # broken unless three reads are under way at once
+    store.guarantees = replace(store.guarantees, concurrency=3)
+    store.hook = lambda operation, key: together.wait() if operation == "get" else None
+    assert survey(store) == alone and [*alone] == list(range(6))

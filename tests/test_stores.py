@@ -23,7 +23,6 @@ from asymcheck.errors import (
 from asymcheck.stores import LocalStore, Store, open_store, process_identity
 from asymcheck.stores.direct_io import ALIGNMENT
 from asymcheck.stores.filesystem import Filesystem
-from asymcheck.stores.tensorstore import KeyValueStore
 from asymcheck.testing import StoreContract
 
 
@@ -185,15 +184,15 @@ class TestOpenStore:
         assert (tmp_path / "runs/a/k").read_bytes() == b"v"
 
     @pytest.mark.parametrize(
-        "url", ["", "s3://bucket/a", "memory://", "file://", "file://host/a", "file://rel"]
+        "url", ["", "s3://", "memory://", "file://", "file://host/a", "file://rel"]
     )
     def test_refuses_what_it_cannot_open(self, url: str) -> None:
         with pytest.raises(StoreError):
             open_store(url)
 
     def test_lists_the_known_schemes(self) -> None:
-        with pytest.raises(StoreError, match=r"'hdfs'.*file://, memory://, tensorstore\+file://"):
-            open_store("hdfs://name/a")
+        with pytest.raises(StoreError, match=r"'ftp'.*file://, memory://, .*gs://, s3://"):
+            open_store("ftp://name/a")
 
     def test_memory_stores_share_by_name_only(self, tmp_path: Path) -> None:
         one, same, other = (
@@ -746,6 +745,6 @@ class TestKeyValueStore:
         assert open_store(f"tensorstore+file://{tmp_path}").list("") == ["good"]
 
     def test_names_its_place_in_errors(self) -> None:
-        store = KeyValueStore("memory", "name")
+        store = open_store("memory://name")
         with pytest.raises(ObjectNotFoundError, match="memory://name"):
             store.get("k", 1)

@@ -13,16 +13,17 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("torch is built without gloo", allow_module_level=True)
 
 import torch_ddp  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from torch_ddp import STOP, build, start  # noqa: E402
+from torch_ddp import CHAINED, STOP, build, start  # noqa: E402
 from torch_runs import differences, everything, seed_all  # noqa: E402
 
+import asymcheck  # noqa: E402
 import asymcheck_torch  # noqa: E402
+from asymcheck.agreement import restore_together  # noqa: E402
 from asymcheck.errors import AsymCheckError, CheckpointNotFoundError, CorruptionError  # noqa: E402
 from asymcheck.index import load_index  # noqa: E402
 from asymcheck.stores import open_store  # noqa: E402
-from asymcheck_torch.agreement import restore_together  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +122,40 @@ def test_a_rank_that_fails_for_good_stops_all(saved, tmp_path):
     assert differences(found[1][3], found[1][2]) == []
 
 
-def test_a_rank_that_cannot_store_a_step_costs_only_that_step(tmp_path):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_rank_that_cannot_store_a_step_costs_only_that_step(tmp_path, by_hand):
     url = (tmp_path / "run").as_uri()
-    found = start(torch_ddp.fail_on_one_rank_for_a_step, tmp_path / "odd", url)
+    found = start(torch_ddp.fail_on_one_rank_for_a_step, tmp_path / "odd", url, by_hand)
     assert found == [[1, 3, 4], [1, 3, 4]]
+
+
+def test_ranks_begin_their_chains_at_the_same_steps(tmp_path):
+    url = (tmp_path / "run").as_uri()
+    states, _ = start(torch_ddp.build_chains, tmp_path / "chains", url)
+    store = open_store(url)
+    found = {step: load_index(store, step) for step in range(1, CHAINED + 1)}
+    for index in found.values():
+        assert len({manifest.base_step for manifest in index.manifests}) == 1
+    told = [index.record.base_at for index in found.values()]
+    bases = [step for step, index in found.items() if index.record.parent is None]
+    assert bases == [1, *(n + 1 for n in told if n is not None and n < CHAINED)]
+    assert len(bases) > 2 and max(index.record.depth for index in found.values()) >= 2
+    loaded = asymcheck_torch.load(url, bases[-1] - 1)["exp_avg"]["0.weight"]
+    assert torch.equal(loaded, states[bases[-1] - 2][0]["state"][0]["exp_avg"])
+
+
+def test_the_disk_is_lost_and_the_mirror_has_what_all_ranks_stored(tmp_path):
+    url, mirror = ((tmp_path / name).as_uri() for name in ("run", "mirror"))
+    states = start(torch_ddp.save_and_go_on, tmp_path / "save", url, True, mirror)
+    shutil.rmtree(tmp_path / "run")
+    found = start(torch_ddp.resume, tmp_path / "resume", url, True, mirror)
+    for (_, at_end), (step, _, end) in zip(states, found, strict=True):
+        assert step == STOP
+        assert differences(end, at_end) == []
+    for place in (url, mirror):
+        with asymcheck.open_checkpoint(place, torch_ddp.TOTAL) as checkpoint:
+            checkpoint.verify()
+            assert len(checkpoint.chain[0].manifests) == 2
 
 
 def test_ranks_without_ddp(tmp_path):
@@ -167,61 +198,86 @@ class ThreadWorld:
         return min(self._numbers), max(self._numbers)
 
 
-class Step:
-    def __init__(self, step):
+class Copy:
+    """A step in one of the two stores of a run."""
+
+    def __init__(self, step, url):
         self.step = step
+        self.url = url
 
 
 class FakeCheckpointer:
-    """`restore_with` as the core's, over steps of which some cannot be opened here."""
+    """`restore_with` as the core's, over copies of steps of which some cannot be opened here."""
+
+    url = "near"
 
     def __init__(self, health):
         self._health = health
 
     def restore_with(self, fill, step):
-        for each in sorted(self._health, reverse=True) if step is None else [step]:
+        for place in _in_order(self._health, step):
             try:
-                if self._health[each] == "unopenable":
-                    raise CorruptionError("cannot be opened", step=each)
-                if self._health[each] == "unavailable":
-                    raise AsymCheckError("the store went away", step=each)
-                return fill(Step(each))
+                if self._health[place] == "unopenable":
+                    raise CorruptionError("cannot be opened", step=place[0])
+                if self._health[place] == "unavailable":
+                    raise AsymCheckError("the store went away", step=place[0])
+                return fill(Copy(*place))
             except CorruptionError:
-                if step is not None:
-                    raise
+                continue
         raise CheckpointNotFoundError("no checkpoint is whole")
+
+
+def _in_order(places, step):
+    """The newest first, the nearer copy first; or the copies of one step."""
+    newest_first = sorted(places, key=lambda place: (-place[0], place[1] != "near"))
+    return [place for place in newest_first if step in (None, place[0])]
 
 
 HEALTH = st.sampled_from(
     ["good"] * 4 + ["unopenable", "damaged", "unavailable", "misfit", "inapplicable"]
 )
+PLACES = st.sets(
+    st.tuples(st.integers(1, 3), st.sampled_from(["near", "mirror"])), min_size=1, max_size=5
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    ranks=st.integers(1, 3).flatmap(
-        lambda steps: st.lists(
-            st.fixed_dictionaries(dict.fromkeys(range(1, steps + 1), HEALTH)),
-            min_size=1,
-            max_size=3,
+    ranks=PLACES.flatmap(
+        lambda places: st.lists(
+            st.fixed_dictionaries(dict.fromkeys(sorted(places), HEALTH)), min_size=1, max_size=3
         )
     ),
     explicit=st.booleans(),
 )
-def test_all_ranks_restore_the_same_step_or_none_does(ranks, explicit):
+@example(
+    ranks=[
+        {(1, "near"): "good", (1, "mirror"): "good"},
+        {(1, "near"): "unopenable", (1, "mirror"): "good"},
+    ],
+    explicit=True,
+)
+def test_all_ranks_restore_the_same_copy_of_a_step_or_none_does(ranks, explicit):
     """Whatever is wrong on whichever rank, nobody hangs and nobody is alone."""
     world = ThreadWorld(len(ranks))
-    step = max(ranks[0]) if explicit else None
+    step = max(step for step, _ in ranks[0]) if explicit else None
     results = [None] * len(ranks)
+    applied = [None] * len(ranks)
 
     def work(rank):
         def read(checkpoint):
-            health = ranks[rank][checkpoint.step]
+            place = (checkpoint.step, checkpoint.url)
+            health = ranks[rank][place]
             if health == "damaged":
                 raise CorruptionError("damaged", step=checkpoint.step)
             if health == "misfit":
                 raise AsymCheckError("does not fit", step=checkpoint.step)
-            return lambda: _apply(health)
+
+            def apply():
+                _apply(health)
+                applied[rank] = place
+
+            return apply
 
         try:
             checkpointer = FakeCheckpointer(ranks[rank])
@@ -234,11 +290,13 @@ def test_all_ranks_restore_the_same_step_or_none_does(ranks, explicit):
         thread.start()
     for thread in threads:
         thread.join(60)
-    restored = {result for result in results if isinstance(result, int)}
+    expected = _expected(ranks, step)
     assert None not in results
-    assert not restored or (len(restored) == 1 and not any(_is_error(r) for r in results))
-    assert not restored or restored == {_expected(ranks, step)}
-    assert restored or _expected(ranks, step) is None
+    if expected is None:
+        assert all(_is_error(result) for result in results)
+    else:
+        assert results == [expected[0]] * len(ranks)
+        assert applied == [expected] * len(ranks)
 
 
 def _apply(health):
@@ -251,11 +309,11 @@ def _is_error(result):
 
 
 def _expected(ranks, step):
-    """The newest step that is good everywhere, unless a failure that is no damage comes first."""
-    for each in sorted(ranks[0], reverse=True) if step is None else [step]:
-        health = {rank[each] for rank in ranks}
+    """The newest copy that is good everywhere, unless a failure that is no damage comes first."""
+    for place in _in_order(ranks[0], step):
+        health = {rank[place] for rank in ranks}
         if health == {"good"}:
-            return each
+            return place
         if health == {"good", "inapplicable"} or health == {"inapplicable"}:
             return None
         if health & {"unavailable"} or ("misfit" in health and "unopenable" not in health):

@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, tuple[Any, float]] = {
     "adam-amsgrad": (lambda p: torch.optim.Adam(p, lr=1e-3, amsgrad=True), 0.14),
     "adam-tensor-lr": (lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-3)), 0.14),
     "sgd": (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9), 0.22),
+    "sgd-plain": (lambda p: torch.optim.SGD(p, lr=1e-2), 0.44),
     "sgd-l2": (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-2), 0.26),
     "sgd-nesterov": (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True), 0.22),
     "sgd-dampening": (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, dampening=0.5), 0.22),
@@ -180,6 +181,7 @@ def test_what_an_optimizer_of_an_engine_is_taken_for():
     assert (update.numbers["decay"], update.numbers["l2"]) == (0.1, 0.0)
     assert dict(update.roles) == {
         "params": "weight",
+        "gradients": "captured",
         "optim1.exp_avg": "first",
         "optim1.exp_avg_sq": "second",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from torch_runs import (  # noqa: E402
 )
 
 import asymcheck_torch  # noqa: E402
+from asymcheck.commit import committed_steps  # noqa: E402
+from asymcheck.stores import LocalStore  # noqa: E402
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -472,3 +475,26 @@ def test_restore_an_older_step_and_train_on_from_it():
         run.train(3, 5)
         ckpt.wait()
         assert ckpt.checkpointer.steps() == [1, 2, 3, 4, 5]
+
+
+def test_a_lost_disk_costs_nothing_that_the_mirror_has(tmp_path):
+    build = simple(OPTIMIZERS["adam"])
+    seed_all(1)
+    reference = build()
+    losses = reference.train(0, 7)
+    expected = everything(reference)
+    options = {"mirror": tmp_path / "mirror", "mirror_every": 2, "mirror_max_to_keep": 1}
+    seed_all(1)
+    run = build()
+    with run.attach(tmp_path / "run", **options) as ckpt:
+        run.train(0, 5)
+        assert ckpt.step == 5
+    assert 4 in committed_steps(LocalStore(tmp_path / "mirror"))
+    shutil.rmtree(tmp_path / "run")
+    seed_all(9)
+    run = build()
+    with run.attach(tmp_path / "run", **options) as ckpt:
+        assert ckpt.restore() == 4
+        assert run.train(4, 7) == losses[4:]
+        assert differences(everything(run), expected) == []
+    assert committed_steps(LocalStore(tmp_path / "run")) == [5, 6, 7]

@@ -1,4 +1,4 @@
-"""What the processes of the DDP tests run; started by `spawn`, so it stands in its own module."""
+"""What the processes of the DDP tests run; they import it, so it stands in its own module."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rank_processes import leave_together
+from rank_processes import call_in_ranks, leave_together
+from test_strategies import GivenCosts
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch_runs import Run, differences, everything, plain_step, seed_all
 
+from asymcheck import Always, AsymCheck
 from asymcheck.errors import CorruptionError, StoreError
 from asymcheck_torch import training
 
 STOP, TOTAL = 3, 5
+CHAINED = 16
 
 
 class Position:
@@ -63,7 +66,7 @@ def build(distributed: bool, broadcast_buffers: bool = True) -> Run:
 def start(worker: Callable[..., None], folder: Path, *args: Any, world: int = 2) -> list[Any]:
     """Run `worker(rank, *args)` in `world` processes; what each returned."""
     folder.mkdir()
-    torch.multiprocessing.spawn(_enter, (worker, folder, world, args), nprocs=world)
+    call_in_ranks(_enter, worker, folder, world, args, ranks=world)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -78,11 +81,13 @@ def _enter(
     leave_together()
 
 
-def save_and_go_on(rank: int, url: str, broadcast_buffers: bool = True) -> Any:
+def save_and_go_on(
+    rank: int, url: str, broadcast_buffers: bool = True, mirror: str | None = None
+) -> Any:
     """Train with checkpoints to STOP, then without to TOTAL; the state at both."""
     run = build(True, broadcast_buffers)
     seed_all(100 + rank)
-    with run.attach(url, max_to_keep=None) as ckpt:
+    with run.attach(url, max_to_keep=None, mirror=mirror) as ckpt:
         run.train(0, STOP)
         assert ckpt.step == STOP
     at_stop = everything(run)
@@ -90,11 +95,11 @@ def save_and_go_on(rank: int, url: str, broadcast_buffers: bool = True) -> Any:
     return at_stop, everything(run)
 
 
-def resume(rank: int, url: str, broadcast_buffers: bool = True) -> Any:
+def resume(rank: int, url: str, broadcast_buffers: bool = True, mirror: str | None = None) -> Any:
     """Restore and train to TOTAL; the state right after restoring and at the end."""
     run = build(True, broadcast_buffers)
     seed_all(200 + rank)
-    with run.attach(url, max_to_keep=None) as ckpt:
+    with run.attach(url, max_to_keep=None, mirror=mirror) as ckpt:
         step = ckpt.restore()
         at_start = everything(run)
         run.train(step, TOTAL)
@@ -173,7 +178,23 @@ def train_in_a_plain_group(rank: int, url: str) -> Any:
     return expected, everything(run)
 
 
-def fail_on_one_rank_for_a_step(rank: int, url: str) -> Any:
+def build_chains(rank: int, url: str) -> Any:
+    """Increments at every step, all of which both ranks know to be stored before the next."""
+    run = build(True)
+    seed_all(400 + rank)
+    strategy = AsymCheck(policy=Always("replay"))
+    states: list[Any] = []
+    with run.attach(url, strategy=strategy, max_to_keep=None) as ckpt:
+        ckpt.checkpointer._cost = GivenCosts(1e-9)
+        ckpt.checkpointer._calibrated = True
+        for step in range(CHAINED):
+            run.train(step, step + 1)
+            ckpt.wait()
+            states.append(everything(run)["optimizers"])
+    return states
+
+
+def fail_on_one_rank_for_a_step(rank: int, url: str, by_hand: bool) -> Any:
     """Rank 1 cannot store its state of step 2; the steps that there are in the end."""
     run = build(True)
     position = run.extras["position"]
@@ -184,8 +205,12 @@ def fail_on_one_rank_for_a_step(rank: int, url: str) -> Any:
         return state_dict() | ({"odd": object()} if odd else {})
 
     position.state_dict = sometimes_odd
-    options = {"on_error": "warn", "max_to_keep": None, "commit_timeout_s": 60.0}
+    options = {"on_error": "warn", "max_to_keep": None, "commit_timeout_s": 60.0, "max_chain": 0}
     with run.attach(url, **options) as ckpt:
-        run.train(0, 4)
+        for step in range(4):
+            run.train(step, step + 1)
+            if by_hand:
+                ckpt.save_now()  # of what is due anyway
+                ckpt.save_now()  # nothing more to do, nor on the rank that could not
         ckpt.wait()
         return ckpt.checkpointer.steps()

@@ -29,8 +29,10 @@ from asymcheck.errors import (
     ObjectTooLongError,
     SaveFailedError,
     ShortReadError,
+    UnsupportedStateError,
 )
 from asymcheck.state import numpy_view
+from asymcheck.stores.base import Guarantees
 
 COMMIT_TIMEOUT_S = 0.06
 PATIENCE_S = 30.0  # far beyond every timeout: only a deadlock takes so long
@@ -63,7 +65,7 @@ class Connection:
         slow_s: the longest delay of a call.
     """
 
-    durable = True
+    guarantees = Guarantees("simulated", "simulated", True, True, False)
     url = "cloud://run"
 
     def __init__(self, cloud: Cloud, chance: random.Random, slow_s: float = 0.0) -> None:
@@ -179,11 +181,12 @@ class Writer:
     seed: int
     incarnation: int
     steps: list[int]
+    refused: int | None
     wait_each: bool
     error: BaseException | None = None
 
     def train(self) -> None:
-        """Save every step until one fails."""
+        """Save every step until one fails; but one that it cannot show."""
         try:
             self._train()
         except (SaveFailedError, SimulatedCrash) as error:
@@ -196,6 +199,10 @@ class Writer:
 
     def _train(self) -> None:
         for step in self.steps:
+            if step == self.refused:
+                with suppress(UnsupportedStateError), self.checkpointer.viewing(step):
+                    raise UnsupportedStateError("no view of this")
+                continue
             state = make_state(self.seed, step, self.incarnation)
             capture = self.checkpointer.begin(step, share_of(state, self.number, self.writers))
             capture.finish()
@@ -286,7 +293,7 @@ class WritersSchedule:
         strategy = chance.choice(STRATEGIES)
         options: dict[str, Any] = {
             "max_to_keep": chance.choice([None, 1, 2]),
-            "max_chain": chance.choice([0, 2, 3]),
+            "max_chain": chance.choice([0, 2, 3, None]),
             # Whoever waits for the dead gives up soon; the living are given time.
             "commit_timeout_s": COMMIT_TIMEOUT_S if dying else PATIENCE_S,
         }
@@ -325,6 +332,10 @@ class WritersSchedule:
         for number, (connection, _) in enumerate(checkpointers):
             if number in deaths:
                 connection.die_at(deaths[number])
+        refuses = chance.choice([*range(count), *[None] * count]) if dying else None
+        refused = chance.choice(steps)
+        if refuses is not None:
+            self.log.append(f"writer {refuses} refuses step {refused}")
         return [
             Writer(
                 number,
@@ -335,6 +346,7 @@ class WritersSchedule:
                 self.seed,
                 self._incarnation,
                 steps,
+                refused if number == refuses else None,
                 wait_each,
             )
             for number, (connection, checkpointer) in enumerate(checkpointers)

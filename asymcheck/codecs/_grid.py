@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from asymcheck.codecs.kernels import Floats
 from asymcheck.codecs.rules.base import Constants, f32, f64
 
-BFLOAT16, FLOAT16 = 8, 11
+BFLOAT16, FLOAT16, FLOAT32 = 8, 11, 24
 """Bits of the significand, the implicit one included."""
 
 _PROBES = 64
 _ANCHORS = 3
 _MIN_ELEMENTS = 16
+_MIN_PRECISION = 2.0**15.7  # sixteenths of a first moment with a beta of .9
 _TOLERANCE = 0.02  # of the distance of grid points; of random numbers 4 % lie as close
 
 
@@ -32,6 +33,14 @@ class Grid:
 
     bits: int
     scale: float
+
+
+UNSCALED = {
+    "bfloat16": Grid(BFLOAT16, 1.0),
+    "float16": Grid(FLOAT16, 1.0),
+    "float32": Grid(FLOAT32, 1.0),
+}
+"""By dtype, the grid of all its numbers."""
 
 
 def snap(k: Constants, estimate: Any) -> Any:
@@ -67,16 +76,16 @@ def constants_of(grid: Grid, l2: float) -> Constants:
         return f32(grid.scale), f32(2.0 ** (53 - grid.bits)), f32(l2)
 
 
-def find_grid(estimates: Floats, moments: Floats) -> Grid | None:
+def find_grid(estimates: Floats, errors: Floats) -> Grid | None:
     """The grid on which a sample of gradients lies, the coarsest one, or None.
 
     Args:
-        estimates: the gradients, each to within a few units in the last place of its moment.
-        moments: the first moments that they were found from.
+        estimates: the gradients.
+        errors: about what each may be wrong by.
     """
     with np.errstate(all="ignore"):
         sizes = np.abs(f64(estimates))
-        usable = np.isfinite(sizes) & (sizes > 1e-35) & (sizes >= np.abs(f64(moments)) / 16)
+        usable = np.isfinite(sizes) & (sizes > 1e-35) & (sizes >= _MIN_PRECISION * f64(errors))
         significands = 2 * np.frexp(sizes[usable])[0]  # within [1, 2)
     if significands.size < _MIN_ELEMENTS:
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from asymcheck.codecs.kernels import Bytes, Floats, Formula, Words
+from asymcheck.codecs.kernels import COMPILING, Bytes, Floats, Formula, Words, float_masks
 
 _numba: Any = importlib.import_module("numba")  # has no types
 _extending: Any = importlib.import_module("numba.extending")
@@ -34,11 +35,14 @@ def _array(dtype: Any, *, readonly: bool) -> Any:
 def _compile(loop: Loop, *argument_types: Any) -> Loop:
     signature = _numba.void(*argument_types)
     options = {"nogil": True, "error_model": "numpy"}
+    begun_s = time.perf_counter()
     try:
         return _numba.njit(signature, cache=True, **options)(loop)
     except RuntimeError as error:  # no directory to write the cache to
         logging.info("numba compiles in every process anew: %s", error)
         return _numba.njit(signature, **options)(loop)
+    finally:
+        COMPILING.spent_s += time.perf_counter() - begun_s
 
 
 @functools.cache
@@ -53,6 +57,23 @@ def _split(word: Any) -> Loop:
                 planes[k * n + i] = x >> word(8 * k)
 
     return _compile(split, _array(word, readonly=True), _array(np.uint8, readonly=False))
+
+
+@functools.cache
+def _split_floats(word: Any) -> Loop:
+    width = np.dtype(word).itemsize
+    one, byte = word(1), word(8)
+    exponent, sign, mantissa = (word(mask) for mask in float_masks(width))
+
+    def split_floats(words: Any, planes: Any) -> None:  # pragma: no cover
+        n = words.size
+        for i in range(n):
+            x = words[i]
+            x = word(word(x << one) & exponent) | word(word(x >> byte) & sign) | (x & mantissa)
+            for k in range(width):
+                planes[k * n + i] = x >> word(8 * k)
+
+    return _compile(split_floats, _array(word, readonly=True), _array(np.uint8, readonly=False))
 
 
 @functools.cache
@@ -85,6 +106,24 @@ def _merge(word: Any) -> Loop:
             words[i] = x
 
     return _compile(merge, _plane_arrays(width), _array(word, readonly=False))
+
+
+@functools.cache
+def _merge_floats(word: Any) -> Loop:
+    width = np.dtype(word).itemsize
+    zero, one, byte = word(0), word(1), word(8)
+    exponent, sign, mantissa = (word(mask) for mask in float_masks(width))
+
+    def merge_floats(planes: Any, words: Any) -> None:  # pragma: no cover
+        for i in range(words.size):
+            x = zero
+            for k in range(width):
+                x |= word(planes[k][i]) << word(8 * k)
+            words[i] = (
+                word(word(x & exponent) >> one) | word(word(x & sign) << byte) | (x & mantissa)
+            )
+
+    return _compile(merge_floats, _plane_arrays(width), _array(word, readonly=False))
 
 
 @functools.cache
@@ -180,6 +219,10 @@ class NumbaKernels:
         """See `Kernels.split`."""
         _split(words.dtype.type)(words, planes)
 
+    def split_floats(self, words: Words, planes: Bytes) -> None:
+        """See `Kernels.split_floats`."""
+        _split_floats(words.dtype.type)(words, planes)
+
     def split_difference(self, new: Words, old: Words, planes: Bytes) -> None:
         """See `Kernels.split_difference`."""
         _split_difference(new.dtype.type)(new, old, planes)
@@ -187,6 +230,10 @@ class NumbaKernels:
     def merge(self, planes: Sequence[Bytes], words: Words) -> None:
         """See `Kernels.merge`."""
         _merge(words.dtype.type)(tuple(planes), words)
+
+    def merge_floats(self, planes: Sequence[Bytes], words: Words) -> None:
+        """See `Kernels.merge_floats`."""
+        _merge_floats(words.dtype.type)(tuple(planes), words)
 
     def merge_difference(self, planes: Sequence[Bytes], words: Words) -> None:
         """See `Kernels.merge_difference`."""

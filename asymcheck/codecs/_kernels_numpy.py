@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from asymcheck.codecs.kernels import Bytes, Floats, Formula, Words
+from asymcheck.codecs.kernels import Bytes, Floats, Formula, Words, float_masks
 
 _BLOCK_WORDS = 1 << 16  # temporaries that stay in the second-level cache
 
@@ -39,6 +39,22 @@ def _unzigzag(zigzag: Words) -> Words:
     return (zigzag >> word(1)) ^ np.negative(zigzag & word(1))
 
 
+def _masks(words: Words) -> list[Any]:
+    return [words.dtype.type(mask) for mask in float_masks(words.itemsize)]
+
+
+def _sign_below_exponent(words: Words) -> Words:
+    word = words.dtype.type
+    exponent, sign, mantissa = _masks(words)
+    return ((words << word(1)) & exponent) | ((words >> word(8)) & sign) | (words & mantissa)
+
+
+def _sign_on_top(words: Words) -> Words:
+    word = words.dtype.type
+    exponent, sign, mantissa = _masks(words)
+    return ((words & exponent) >> word(1)) | ((words & sign) << word(8)) | (words & mantissa)
+
+
 class NumpyKernels:
     """`Kernels` in NumPy."""
 
@@ -46,6 +62,11 @@ class NumpyKernels:
         """See `Kernels.split`."""
         for block in _blocks(words.size):
             _planes_of(words[block], planes, block)
+
+    def split_floats(self, words: Words, planes: Bytes) -> None:
+        """See `Kernels.split_floats`."""
+        for block in _blocks(words.size):
+            _planes_of(_sign_below_exponent(words[block]), planes, block)
 
     def split_difference(self, new: Words, old: Words, planes: Bytes) -> None:
         """See `Kernels.split_difference`."""
@@ -61,6 +82,12 @@ class NumpyKernels:
             for plane in reversed(planes[:-1]):
                 np.left_shift(part, byte, out=part)
                 np.bitwise_or(part, plane[block], out=part)
+
+    def merge_floats(self, planes: Sequence[Bytes], words: Words) -> None:
+        """See `Kernels.merge_floats`."""
+        for block in _blocks(words.size):
+            self.merge([plane[block] for plane in planes], words[block])
+            words[block] = _sign_on_top(words[block])
 
     def merge_difference(self, planes: Sequence[Bytes], words: Words) -> None:
         """See `Kernels.merge_difference`."""

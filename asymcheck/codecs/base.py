@@ -80,6 +80,11 @@ class Codec(Protocol):
         ...
 
 
+def max_payload_nbytes(decoded_nbytes: int) -> int:
+    """The longest payload that a column of so many bytes may have; readers refuse longer ones."""
+    return 2 * decoded_nbytes + 4096
+
+
 @dataclass(frozen=True, slots=True)
 class Fidelity:
     """What a payload states about how far its decoded values may be from the true ones.

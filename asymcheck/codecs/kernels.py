@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -25,6 +26,12 @@ Formula = Callable[..., Any]
 """(constants, *inputs) -> float32, elementwise; see `asymcheck.codecs.rules.base`."""
 
 
+def float_masks(width: int) -> tuple[int, int, int]:
+    """Where `split_floats` puts exponent, sign and mantissa in words of `width` bytes."""
+    sign = 1 << (8 * width - 9)
+    return 0xFF << (8 * width - 8), sign, sign - 1
+
+
 class Kernels(Protocol):
     """The loops. n is the number of words, w their width in bytes.
 
@@ -35,8 +42,16 @@ class Kernels(Protocol):
         """Write the w planes of `words`, one after the other, to `planes` (w·n bytes)."""
         ...
 
+    def split_floats(self, words: Words, planes: Bytes) -> None:
+        """The same for floats with exponents of 8 bits, their sign moved to below the exponent.
+
+        So the whole exponent is the top plane, and a sign that is as good as random does not
+        make it longer. 2 or 4 bytes (bfloat16, float32).
+        """
+        ...
+
     def split_difference(self, new: Words, old: Words, planes: Bytes) -> None:
-        """The same for zigzag(new − old), the difference taken modulo 2^(8w).
+        """The same as `split` for zigzag(new − old), the difference taken modulo 2^(8w).
 
         zigzag maps the signed differences 0, −1, 1, −2, … to 0, 1, 2, 3, …: small ones of either
         sign have zeros in their high planes.
@@ -45,6 +60,10 @@ class Kernels(Protocol):
 
     def merge(self, planes: Sequence[Bytes], words: Words) -> None:
         """Inverse of `split`, from w arrays of n bytes."""
+        ...
+
+    def merge_floats(self, planes: Sequence[Bytes], words: Words) -> None:
+        """Inverse of `split_floats`."""
         ...
 
     def merge_difference(self, planes: Sequence[Bytes], words: Words) -> None:
@@ -73,6 +92,20 @@ class Kernels(Protocol):
     def unfold(self, folded: Words, shift: int, words: Words) -> None:
         """Inverse of `fold`; the low bits become zero. May work in place."""
         ...
+
+
+class Compiling(threading.local):
+    """What this thread has spent on compiling kernels, waiting for others that do, and loading.
+
+    Attributes:
+        spent_s: seconds so far.
+    """
+
+    def __init__(self) -> None:
+        self.spent_s = 0.0
+
+
+COMPILING = Compiling()
 
 
 @functools.cache

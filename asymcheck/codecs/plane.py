@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
+import numpy as np
+
 from asymcheck.codecs import plane_payload
 from asymcheck.codecs._columns import as_words, paired, word_width
 from asymcheck.codecs.base import Column, JsonValue
+
+_EXPONENTS_OF_8_BITS = [np.dtype(name) for name in ("float32", "complex64", ml_dtypes.bfloat16)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +38,7 @@ class PlaneCodec:
 
     def encode(self, columns: Sequence[Column]) -> list[bytes | memoryview]:
         """The coded planes of each column."""
-        return [
-            plane_payload.encode(as_words(column.new, word_width(column.dtype)))
-            for column in columns
-        ]
+        return [_encode(column) for column in columns]
 
     def decode(self, columns: Sequence[Column], payloads: Sequence[memoryview]) -> None:
         """Fill every column from its planes.
@@ -46,3 +48,10 @@ class PlaneCodec:
         """
         for column, payload in paired(columns, payloads):
             plane_payload.decode(payload, as_words(column.new, word_width(column.dtype)))
+
+
+def _encode(column: Column) -> memoryview:
+    words = as_words(column.new, word_width(column.dtype))
+    if column.dtype in _EXPONENTS_OF_8_BITS:
+        return plane_payload.encode_floats(words)
+    return plane_payload.encode(words)

@@ -1,13 +1,14 @@
 """The payload of plane coding: n words of w bytes as w byte planes, each coded by itself.
 
 Byte k of word i is byte i of plane k. In a float the high planes (sign, exponent) compress and
-the low ones (mantissa) do not; those are stored as they are and cost a copy.
+the low ones (mantissa) do not; those are stored as they are and cost a copy. Where the exponent
+has 8 bits the sign is moved to below it, so that the top plane is the exponent.
 
 Layout, integers little-endian:
 
 | offset | bytes | field |
 | --- | --- | --- |
-| 0 | 1 | w, the width of a word: 1, 2, 4 or 8 |
+| 0 | 1 | w, the width of a word: 1, 2, 4 or 8; 128 more (w is 2 or 4) if signs were moved |
 | 1 + 9k | 1 | mode of plane k, for k = 0 … w−1 (0: least significant) |
 | 2 + 9k | 8 | length of the body of plane k, unsigned |
 | 1 + 9w | | the bodies, in the order of the planes, nothing between or after them |
@@ -32,6 +33,7 @@ from asymcheck.codecs.kernels import Bytes, Words, kernels
 from asymcheck.errors import CodecError
 
 _RAW, _ZSTD, _CONSTANT = range(3)
+_FLOATS = 128
 _PLANE = struct.Struct("<BQ")
 
 _SAMPLE_STRETCHES = 64
@@ -45,6 +47,13 @@ def encode(words: Words) -> memoryview:
     return _encode(words, lambda planes: kernels().split(words, planes), b"")
 
 
+def encode_floats(words: Words) -> memoryview:
+    """The payload of `words` of 2 or 4 bytes that are floats with exponents of 8 bits."""
+    payload = _encode(words, lambda planes: kernels().split_floats(words, planes), b"")
+    payload[0] |= _FLOATS
+    return payload
+
+
 def encode_difference(new: Words, old: Words, prefix: bytes = b"") -> memoryview:
     """The payload of the differences of the bit patterns, zigzag(new − old); after `prefix`."""
     if _are_equal(new, old):
@@ -53,13 +62,17 @@ def encode_difference(new: Words, old: Words, prefix: bytes = b"") -> memoryview
 
 
 def decode(payload: memoryview, words: Words) -> None:
-    """Inverse of `encode`: fill `words`.
+    """Inverse of `encode` and `encode_floats`: fill `words`.
 
     Raises:
         CodecError: if `payload` does not follow the layout for that many words of that width;
             `words` is then unchanged.
     """
-    kernels().merge(_decode_planes(payload, words.itemsize, words.size), words)
+    if payload.nbytes and payload[0] & _FLOATS and words.itemsize in (2, 4):
+        planes = _decode_planes(payload, words.itemsize | _FLOATS, words.size)
+        kernels().merge_floats(planes, words)
+    else:
+        kernels().merge(_decode_planes(payload, words.itemsize, words.size), words)
 
 
 def decode_difference(payload: memoryview, words: Words) -> None:
@@ -155,9 +168,11 @@ def _preset(sample: NDArray[np.uint8]) -> _zstd.Preset | None:
     return _MATCHING if 10 * matching < 9 * huffman else _zstd.HUFFMAN
 
 
-def _decode_planes(payload: memoryview, width: int, n: int) -> list[Bytes]:
-    """The planes, `width` arrays of `n` bytes; raw ones are views of `payload`."""
-    entries = _read_header(payload, width)
+def _decode_planes(payload: memoryview, first: int, n: int) -> list[Bytes]:
+    """The planes, arrays of `n` bytes, of a payload that begins with `first`; raw ones are views
+    of `payload`."""
+    width = first & ~_FLOATS
+    entries = _read_header(payload, first, width)
     for mode, length in entries:
         _check_entry(mode, length, n)
     start = _header_bytes(width)
@@ -171,14 +186,14 @@ def _decode_planes(payload: memoryview, width: int, n: int) -> list[Bytes]:
     return planes
 
 
-def _read_header(payload: memoryview, width: int) -> list[tuple[int, int]]:
+def _read_header(payload: memoryview, first: int, width: int) -> list[tuple[int, int]]:
     header = _header_bytes(width)
     if payload.nbytes < header:
         raise CodecError(
             "coded planes end within their header", expected=header, found=payload.nbytes
         )
-    if payload[0] != width:
-        raise CodecError("planes of words of another width", expected=width, found=payload[0])
+    if payload[0] != first:
+        raise CodecError("planes of words of another width", expected=first, found=payload[0])
     return [(mode, length) for mode, length in _PLANE.iter_unpack(payload[1:header])]
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from asymcheck.inspection.text import size
+from asymcheck.lease import removing
 from asymcheck.retention import collect_orphans, survey
 from asymcheck.stores import LocalStore
-from asymcheck.stores.base import Store
+from asymcheck.stores.base import Guarantees, Store
 from asymcheck.stores.filesystem import Filesystem
 
 
@@ -60,7 +62,8 @@ def collect(store: Store, *, dry_run: bool) -> Collection:
     filesystem = _CountingFilesystem(dry_run)
     local = LocalStore(_root(store), filesystem) if isinstance(store, LocalStore) else None
     recording = _RecordingStore(local or store, keep=dry_run and local is None)
-    objects = collect_orphans(recording)
+    with nullcontext() if dry_run else removing(store):
+        objects = collect_orphans(recording)
     return Collection(
         store.url,
         dry_run,
@@ -111,9 +114,9 @@ class _RecordingStore:
         return self._store.url
 
     @property
-    def durable(self) -> bool:
-        """See `Store.durable`."""
-        return self._store.durable
+    def guarantees(self) -> Guarantees:
+        """See `Store.guarantees`."""
+        return self._store.guarantees
 
     def get(self, key: str, max_nbytes: int) -> bytes:
         """See `Store.get`."""

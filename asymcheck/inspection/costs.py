@@ -15,6 +15,7 @@ from asymcheck.inspection.progress import Progress, steps
 from asymcheck.inspection.text import duration, ratio, size, table
 from asymcheck.inspection.timeline import TraceSummary, summarise_traces
 from asymcheck.manifest import Manifest, leaf_specs
+from asymcheck.state import kinds_of
 from asymcheck.stores.base import Store
 from asymcheck.traces import StoredTrace
 
@@ -124,13 +125,14 @@ class _Tally:
 
     def add_blocks(self, manifest: Manifest) -> None:
         specs = leaf_specs(manifest)
-        of_shard = [specs[shard.leaf] for shard in manifest.shards]
+        kinds = kinds_of(specs)
+        of_shard = [(specs[shard.leaf], kinds[shard.leaf]) for shard in manifest.shards]
         blocks = manifest.blocks
         for shard, codec, count, nbytes in zip(
             blocks.shard, blocks.codec, blocks.count, blocks.nbytes, strict=True
         ):
-            spec = of_shard[shard]
-            place = manifest.codecs[codec].id, spec.kind, spec.dtype
+            spec, kind = of_shard[shard]
+            place = manifest.codecs[codec].id, kind, spec.dtype
             self._raw_nbytes[place] += count * spec.itemsize
             self._stored_nbytes[place] += nbytes
 

@@ -64,7 +64,7 @@ def step_fidelity(store: Store, index: StepIndex) -> StepFidelity | None:
     blocks = [stored for stored in index.blocks() if stored.codec.lossy]
     if not blocks:
         return None
-    with ThreadPoolExecutor(default_threads(), "asymcheck-fidelity") as pool:
+    with ThreadPoolExecutor(default_threads(store), "asymcheck-fidelity") as pool:
         stated = list(pool.map(partial(_stated, store, index.step), blocks))
     by_leaf: dict[str, list[tuple[StoredBlock, Fidelity]]] = {}
     for stored, fidelity in zip(blocks, stated, strict=True):

@@ -34,7 +34,7 @@ class LeafSummary:
     stored_nbytes: int
     boxes: int
     codecs: dict[str, int]
-    aliases: list[str]
+    aliases: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from asymcheck.inspection.text import size
 from asymcheck.manifest import MAX_BLOCK_NBYTES
 from asymcheck.reader import default_threads
 from asymcheck.records import sha256
+from asymcheck.requests import each
 from asymcheck.restore import ChainReader, Want
 from asymcheck.stores.base import Store
 
@@ -122,7 +123,7 @@ class _Verifier:
 
     def _decode(self, chain: list[StepIndex]) -> int:
         """Decode what is not known to decode; the bytes of the whole step."""
-        reader = ChainReader(self._store, chain, default_threads())
+        reader = ChainReader(self._store, chain, default_threads(self._store))
         target = chain[0]
         nbytes = sum(leaf.spec.nbytes for leaf in target.leaves.values())
         todo = [path for path in target.leaves if (target.sha256, path) not in self._checked]
@@ -163,7 +164,7 @@ class _Verifier:
             damage += self._damage_of(below)
             below = self._parent_of(below)
         if error.object is None or error.object not in {d.object for d in damage}:
-            damage.append(_from_error(error, step))
+            damage.append(damage_of(error, step))
         return damage
 
     def _parent_of(self, step: int) -> int | None:
@@ -183,9 +184,9 @@ class _Verifier:
         try:
             index = load_index(self._store, step)
         except CheckpointNotFoundError as error:
-            return [_from_error(error, step)]
+            return [damage_of(error, step)]
         except (CorruptionError, FormatError) as error:
-            first = _from_error(error, step)
+            first = damage_of(error, step)
             return [first, *(d for d in self._wrong_manifests(step) if d.object != first.object)]
         damage = self._wrong_lengths(index)
         wrong = {d.object for d in damage}
@@ -209,11 +210,12 @@ class _Verifier:
         return damage
 
     def _wrong_lengths(self, index: StepIndex) -> list[Damage]:
-        packs = (pack for manifest in index.manifests for pack in manifest.packs)
+        packs = [pack for manifest in index.manifests for pack in manifest.packs]
+        whole = each(self._store, lambda p: self._store.has_length(p.key, p.nbytes), packs)
         return [
             Damage(index.step, p.key, None, None, f"missing, or not {p.nbytes} bytes long")
-            for p in packs
-            if not self._store.has_length(p.key, p.nbytes)
+            for p, is_whole in zip(packs, whole, strict=True)
+            if not is_whole
         ]
 
     def _wrong_block(self, step: int, stored: StoredBlock) -> Damage | None:
@@ -236,7 +238,8 @@ def _want(stored: StoredBlock, out: NDArray[np.uint8]) -> Want:
     return Want(stored.box.leaf.path, stored.box.shard, block.start, block.stop, out)
 
 
-def _from_error(error: AsymCheckError, step: int) -> Damage:
+def damage_of(error: AsymCheckError, step: int) -> Damage:
+    """What an error tells of damage; of `step`, if it names no other."""
     found = "" if error.expected is None else f"; expected {error.expected}"
     found += "" if error.found is None else f"; found {error.found}"
     return Damage(

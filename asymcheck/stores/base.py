@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from asymcheck.errors import StoreError
@@ -39,6 +40,32 @@ def check_prefix(prefix: str) -> str:
     return prefix
 
 
+@dataclass(frozen=True, slots=True)
+class Guarantees:
+    """What a store promises, and by which means; docs/stores.md has the table of all.
+
+    Attributes:
+        atomic_put: what makes an object appear whole or not at all.
+        conditional_put: what makes `put_if_absent` have exactly one winner.
+        durable: whether an object survives a power cut once `put` has returned.
+        consistent_list: whether `list` shows every object whose `put` has returned.
+        rename: whether the place can rename objects, which is never asked of it by AsymCheck.
+        tried_first: whether servers of this kind are known to ignore the condition of
+            `put_if_absent`, so that a run tries it before it relies on it.
+        concurrency: requests that it serves at a time, if each is a journey over a network: then
+            many are under way at once, and ranges that lie close together are read by one. None
+            for a place on this machine, where a request costs next to nothing.
+    """
+
+    atomic_put: str
+    conditional_put: str
+    durable: bool
+    consistent_list: bool
+    rename: bool
+    tried_first: bool = False
+    concurrency: int | None = None
+
+
 @runtime_checkable
 class Store(Protocol):
     """Immutable objects under keys: the only things that AsymCheck asks of a place for bytes.
@@ -55,8 +82,8 @@ class Store(Protocol):
         ...
 
     @property
-    def durable(self) -> bool:
-        """Whether an object survives a power cut once `put` has returned."""
+    def guarantees(self) -> Guarantees:
+        """What it promises."""
         ...
 
     def get(self, key: str, max_nbytes: int) -> bytes:

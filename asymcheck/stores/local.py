@@ -15,7 +15,7 @@ from asymcheck.errors import (
     ShortReadError,
     StoreError,
 )
-from asymcheck.stores.base import MAX_KEY_LENGTH, check_key, check_prefix, is_key
+from asymcheck.stores.base import MAX_KEY_LENGTH, Guarantees, check_key, check_prefix, is_key
 from asymcheck.stores.direct_io import DirectWriter, read_up_to, write_all
 from asymcheck.stores.directories import Directories
 from asymcheck.stores.filesystem import (
@@ -30,6 +30,8 @@ from asymcheck.stores.temporaries import Temporaries
 
 DIRECT_MIN_NBYTES = 64 << 10
 _PUBLISH_RETRIES = 16
+
+GUARANTEES = Guarantees("temporary name, rename", "link to a new name", True, True, True)
 
 
 class LocalStore:
@@ -67,9 +69,9 @@ class LocalStore:
         return self._root
 
     @property
-    def durable(self) -> bool:
-        """True: `put` returns when data and names are synced."""
-        return True
+    def guarantees(self) -> Guarantees:
+        """Durable: `put` returns when data and names are synced."""
+        return GUARANTEES
 
     def get(self, key: str, max_nbytes: int) -> bytes:
         """The whole object; `ObjectTooLongError` if it has more than `max_nbytes` (none read)."""

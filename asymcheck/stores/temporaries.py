@@ -13,6 +13,21 @@ from asymcheck.stores.filesystem import Filesystem
 FOREIGN_MAX_AGE_S = 3600.0
 
 
+def temporary_name(owner: str) -> str:
+    """A name that no other writer has, which tells the process (see `process_identity`)."""
+    return f".{owner}.{secrets.token_hex(8)}"
+
+
+def owner_of(name: str) -> str:
+    """The process that a temporary's name tells."""
+    return name.rpartition(".")[0].removeprefix(".")
+
+
+def is_too_old(modified_s: float) -> bool:
+    """Whether the writer of a temporary counts as dead, when nobody here can tell."""
+    return time.time() - modified_s > FOREIGN_MAX_AGE_S
+
+
 class Temporaries:
     """The directory `.tmp` of a root; a file in it is named after the process that writes it."""
 
@@ -24,8 +39,7 @@ class Temporaries:
     def new_path(self) -> Path:
         """A path that no other writer has; its directory exists."""
         self._directories.ensure(self._directory)
-        owner = self._filesystem.process_token()
-        return self._directory / f".{owner}.{secrets.token_hex(8)}"
+        return self._directory / temporary_name(self._filesystem.process_token())
 
     def discard(self, path: Path) -> None:
         """Remove a temporary file that may or may not be there."""
@@ -52,12 +66,10 @@ class Temporaries:
         return [self._directory / name for name, kind in entries if kind == "file"]
 
     def _is_stale(self, path: Path) -> bool:
-        owner = path.name.rpartition(".")[0].removeprefix(".")
-        gone = self._filesystem.is_gone(owner)
+        gone = self._filesystem.is_gone(owner_of(path.name))
         if gone is not None:
             return gone
         try:
-            age_s = time.time() - self._filesystem.status(path).modified_s
+            return is_too_old(self._filesystem.status(path).modified_s)
         except FileNotFoundError:
             return False
-        return age_s > FOREIGN_MAX_AGE_S

@@ -16,7 +16,6 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 )
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from asymcheck.commit import read_commit
 from asymcheck.errors import (
     AsymCheckError,
     CheckpointNotFoundError,
@@ -25,7 +24,7 @@ from asymcheck.errors import (
     SaveFailedError,
     StoreError,
 )
-from asymcheck.stores import LocalStore, open_store
+from asymcheck.stores import LocalStore
 from asymcheck_torch.deepspeed.engine import Engine
 from asymcheck_torch.deepspeed_files import OWN_KEYS
 from asymcheck_torch.training import TrainingCheckpointer, attach
@@ -38,7 +37,12 @@ _IMPORT = "What DeepSpeed itself has saved comes in by 'asymcheck import --from 
 
 
 def use(
-    engine: Any, *, url: str | os.PathLike[str], max_to_keep: int | None = None, **options: Any
+    engine: Any,
+    *,
+    url: str | os.PathLike[str],
+    max_to_keep: int | None = None,
+    mirror_max_to_keep: int | None = None,
+    **options: Any,
 ) -> TrainingCheckpointer:
     """Have `engine.save_checkpoint` and `engine.load_checkpoint` go through AsymCheck.
 
@@ -54,7 +58,8 @@ def use(
     Args:
         engine: of `deepspeed.initialize`.
         url: where to keep the checkpoints: a path or a URL.
-        max_to_keep: how many steps to keep; None for all.
+        max_to_keep, mirror_max_to_keep: how many steps to keep there, and in the mirror if
+            there is one; None for all.
         options: what else `attach` takes, but for `every_steps`: the script says what is saved.
 
     Returns:
@@ -65,7 +70,12 @@ def use(
         StoreError: the URL names no store.
     """
     checkpointer = attach(
-        engine, url=url, every_steps=sys.maxsize, max_to_keep=max_to_keep, **options
+        engine,
+        url=url,
+        every_steps=sys.maxsize,
+        max_to_keep=max_to_keep,
+        mirror_max_to_keep=mirror_max_to_keep,
+        **options,
     )
     link = _Link(engine, checkpointer, os.fspath(url))
     engine.checkpoint_engine = _AsymCheckpointEngine(link)
@@ -80,7 +90,6 @@ class _Link:
         self._engine = engine
         self._checkpointer = checkpointer
         self._url = url
-        self._records = open_store(url)  # to read commit records
         trained = checkpointer.state.trained
         assert isinstance(trained, Engine)
         self._trained = trained
@@ -148,10 +157,12 @@ class _Link:
             with suppress(AsymCheckError):  # of this save, too: the next one shall not raise it
                 checkpointer.wait()
             raise
-        if checkpointer.step not in checkpointer.checkpointer.steps():
+        try:
+            self._attempt_of(checkpointer.step)
+        except CheckpointNotFoundError:
             raise SaveFailedError(
                 "the step was not committed", step=checkpointer.step, hint="The log says why"
-            )
+            ) from None
 
     def _mark(self, directory: Path) -> None:
         if self._checkpointer.state.world.rank == 0:
@@ -162,7 +173,7 @@ class _Link:
 
     def _attempt_of(self, step: int) -> str:
         """The name of the attempt that made a step: no other run has the same."""
-        return read_commit(self._records, step)[0].attempt
+        return self._checkpointer.checkpointer.commit_record(step).attempt
 
     def load(
         self,

@@ -13,6 +13,7 @@ from torch import nn
 from asymcheck.state import Update
 from asymcheck_torch.deepspeed.partitioned import Partitioned
 from asymcheck_torch.deepspeed.zero import check_engine, drop_gradients, loss_scaler_of, masters_of
+from asymcheck_torch.gradients import Gradients
 from asymcheck_torch.matching import Matching
 from asymcheck_torch.modules import unwrap
 from asymcheck_torch.optimizers import Copy
@@ -39,8 +40,8 @@ class Engine:
     found: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
-    def of(cls, engine: Any, rank: int, size: int) -> Engine:
-        """How this rank of so many sees the engine.
+    def of(cls, engine: Any, rank: int, size: int, gradients: Gradients | None) -> Engine:
+        """How this rank of so many sees the engine, and where it captures gradients, if it does.
 
         Raises:
             UnsupportedStateError: the version or a feature of DeepSpeed is not known.
@@ -48,8 +49,8 @@ class Engine:
         check_engine(engine)
         module, masters = unwrap(engine.module), masters_of(engine.optimizer)
         if masters is None:
-            return cls(engine, ModuleAndOptimizers(module, [engine.optimizer]))
-        return cls(engine, Partitioned(module, masters, rank, size))
+            return cls(engine, ModuleAndOptimizers(module, [engine.optimizer], gradients))
+        return cls(engine, Partitioned(module, masters, rank, size, gradients=gradients))
 
     @property
     def module(self) -> nn.Module:

@@ -15,6 +15,7 @@ from asymcheck.errors import UnsupportedStateError
 from asymcheck.state import ShardSpec, Update
 from asymcheck_torch.deepspeed.zero import Masters, frozen_part
 from asymcheck_torch.extras import private
+from asymcheck_torch.gradients import GRADIENTS, Gradients
 from asymcheck_torch.matching import Held, Matching
 from asymcheck_torch.modules import named_parameters
 from asymcheck_torch.numbers import Number, dtype_of_bare, read_numbers
@@ -29,7 +30,7 @@ from asymcheck_torch.optimizers import (
 from asymcheck_torch.parts import Part
 from asymcheck_torch.stored import Stored
 from asymcheck_torch.tensors import torch_dtype
-from asymcheck_torch.trained import Live, apply_options, kinds_of
+from asymcheck_torch.trained import Live, apply_options, hook_gradients, kinds_of
 from asymcheck_torch.updates import step_of, update_of
 
 
@@ -49,6 +50,7 @@ class Partitioned:
         module: the module.
         masters: where its master weights are on this rank.
         rank, size: this rank among those that train it.
+        gradients: where those of the masters are captured, if they are.
         is_updated: more than the weights counts.
     """
 
@@ -59,12 +61,14 @@ class Partitioned:
         rank: int,
         size: int,
         *,
+        gradients: Gradients | None = None,
         is_updated: bool = True,
     ) -> None:
         self.module = module
         self.is_updated = is_updated
         self._masters = masters
         self._rank, self._size = rank, size
+        self._gradients = gradients
         self._trained = list(_named(module, masters))
         self._scalars: dict[tuple[int, str], torch.Tensor] = {}
         self._live: tuple[list[Any], Live] | None = None
@@ -104,13 +108,18 @@ class Partitioned:
             self._note_numbers(flat)
         memory = self._memory()
         if self._live is None or self._live[0] != memory:
-            self._live = memory, {"params": self._parameters()} | self._moments()
+            live: Live = {"params": self._parameters(), **self._moments(), **self._captured()}
+            self._live = memory, live
         return self._live[1]
 
     def _memory(self) -> list[Any]:
         """Equal as long as the same tensors lie in the same memory."""
         return [
-            (flat.data_ptr(), [(key, t.data_ptr()) for key, t in self._tensors_of(number).items()])
+            (
+                flat.data_ptr(),
+                self._captured_at(flat),
+                [(key, t.data_ptr()) for key, t in self._tensors_of(number).items()],
+            )
             for number, flat in enumerate(self._masters.flats)
         ]
 
@@ -130,6 +139,16 @@ class Partitioned:
                 part = self._part(each, key, {each.flat: tensor}) if tensor.ndim else tensor
                 found.setdefault(kind_of(0, key), {})[each.name] = part
         return found
+
+    def _captured_at(self, flat: torch.Tensor) -> int:
+        return 0 if self._gradients is None else self._gradients.of(flat).data_ptr()
+
+    def _captured(self) -> dict[str, Mapping[str, Held]]:
+        if self._gradients is None:
+            return {}
+        copies = [self._gradients.of(flat) for flat in self._masters.flats]
+        parts = {each.name: self._part(each, GRADIENTS, copies) for each in self._trained}
+        return {GRADIENTS: parts}
 
     def _part(self, each: _Trained, kind: str, flats: Any) -> Part:
         """What this rank holds of a parameter, in flat tensors laid out as the masters are."""
@@ -342,6 +361,8 @@ class Partitioned:
                 after()
 
         yield self._masters.optimizer.register_step_pre_hook(lambda *_: before())
+        if self._gradients is not None:
+            yield from hook_gradients(self._masters.optimizer, self._gradients)
         yield self._masters.optimizer.register_step_post_hook(after_step)
 
 

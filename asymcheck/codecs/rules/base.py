@@ -35,7 +35,8 @@ class Form:
 
     Attributes:
         inputs: what `compute` takes after the constants: roles (old values), roles with a prime
-            (new values, of roles decoded before this one), `gradient`.
+            (new values, of roles decoded before this one) or a tilde (the same unrounded),
+            `gradient`.
         compute: the formula.
         constants: what it takes of the hyperparameters.
     """
@@ -51,7 +52,7 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class MomentForm:
-    """A first moment from the gradient, and the gradient back from two successive moments.
+    """A state from the gradient, and the gradient back from two successive states.
 
     Both formulas take the same constants: `forward` (constants, gradient, old), `inverse`
     (constants, new, old).
@@ -73,7 +74,8 @@ class Rule:
     Attributes:
         id: its name in manifests.
         numbers: the hyperparameters that it takes, all finite.
-        moment: the role of the state that the gradient is found from.
+        moment: the role of the state that the gradient is found from: the first moment, if there
+            is one.
         moments: the forms of that.
         forms: of all other roles, in the order in which they are decoded.
         reference: about the size of the gradient, from old values.
@@ -101,6 +103,11 @@ def _in_float32(constants: Callable[[Numbers], tuple[float, ...]], numbers: Numb
 def weighted_sum(k: Constants, g: Any, moment: Any) -> Any:
     """A first moment: k[0] moment + k[1] g, with one fused operation."""
     return f32(f64(k[0]) * f64(moment) + f64(k[1] * g))
+
+
+def weighted_sum_gradient_fused(k: Constants, g: Any, moment: Any) -> Any:
+    """The same with the other one fused."""
+    return f32(f64(k[1]) * f64(g) + f64(k[0] * moment))
 
 
 def weighted_sum_unfused(k: Constants, g: Any, moment: Any) -> Any:

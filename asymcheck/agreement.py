@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from typing import Protocol
 
 from asymcheck.checkpointer import Checkpointer
 from asymcheck.errors import AsymCheckError, CorruptionError, FormatError
 from asymcheck.reader import Checkpoint
-from asymcheck_torch.world import World
 
 _GAVE_UP = -1
+
+
+class World(Protocol):
+    """The processes that restore together."""
+
+    def extremes(self, number: int) -> tuple[int, int]:
+        """The smallest and the largest number that any rank gives; a collective call."""
+        ...
 
 
 class _Outcome(IntEnum):
@@ -29,13 +37,14 @@ def restore_together(
 
     Every rank looks for a good step as `Checkpointer.restore_with` does. In `read` they meet:
     who is at a newer step than the others passes it over, and if one rank finds damage all do.
+    Of a step that a mirror has, too, they all read the same copy.
     What `read` returns is called when all have read the same step, and then they agree again.
     Neither may wait for another rank, which may have failed.
 
     Raises:
         what `restore_with` raises; `AsymCheckError` where another rank failed for good.
     """
-    meeting = _Meeting(read, world)
+    meeting = _Meeting(read, world, checkpointer.url)
     try:
         found, apply = checkpointer.restore_with(meeting, step)
     except Exception:
@@ -66,13 +75,16 @@ class _Meeting:
     the others do not know tells them in the exchange that they wait in (`restore_together`).
     """
 
-    def __init__(self, read: Callable[[Checkpoint], Callable[[], None]], world: World) -> None:
+    def __init__(
+        self, read: Callable[[Checkpoint], Callable[[], None]], world: World, url: str
+    ) -> None:
         self._read = read
         self._world = world
+        self._url = url  # of the run's own store, not its mirror
         self.concluded = False
 
     def __call__(self, checkpoint: Checkpoint) -> tuple[int, Callable[[], None]]:
-        self._meet(checkpoint.step)
+        self._meet(checkpoint)
         apply, error = self._try(checkpoint)
         _, worst = self._world.extremes(_outcome(error))
         self.concluded = worst != _Outcome.DAMAGED
@@ -84,16 +96,18 @@ class _Meeting:
             raise _others_failed(checkpoint.step)
         return checkpoint.step, apply
 
-    def _meet(self, step: int) -> None:
-        """Return when all ranks are at `step`."""
+    def _meet(self, checkpoint: Checkpoint) -> None:
+        """Return when all ranks are at this step of this store; the mirror's comes after."""
+        step = checkpoint.step
+        place = 2 * step + (checkpoint.url == self._url)
         while True:
-            low, high = self._world.extremes(step)
+            low, high = self._world.extremes(place)
             if low == high:
                 return
             if low == _GAVE_UP:
                 self.concluded = True
                 raise _others_failed(step)
-            if step > low:
+            if place > low:
                 raise CorruptionError("another rank cannot open this step", step=step)
 
     def _try(self, checkpoint: Checkpoint) -> tuple[Callable[[], None], Exception | None]:

@@ -2,7 +2,8 @@
 
 Invariant I3: every extent has the value that it had right after the update. The state does not
 change between an update and the next one, so it may be copied at any time in between, by any
-thread; `Capture.finish` is the barrier that the next update waits behind.
+thread; `Capture.finish` is the barrier that the next update waits behind. Of a state that was
+changed all the same nothing is committed, where its sources can tell.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class Capture:
             left_nbytes = self._drain()
             with self._state:
                 self._state.wait_for(lambda: self._copying == 0)
+            self._check_unchanged()
         except BaseException as error:  # an interrupt: the state may change before all is captured
             self._attempt.fail(error)
             raise
@@ -123,6 +125,13 @@ class Capture:
         self._sources = ()  # nobody reads the state any more: its memory may go
         self._ended = True
         return stall_s
+
+    def _check_unchanged(self) -> None:
+        try:
+            for source in self._sources:
+                source.check_unchanged()
+        except Exception as error:
+            self._attempt.fail(error)
 
     def run_in_background(self) -> None:
         """Copy in windows until the barrier takes over; called on the capture thread."""

@@ -128,6 +128,14 @@ class LeafSource(Protocol):
         """
         ...
 
+    def check_unchanged(self) -> None:
+        """`SaveFailedError` if it was written to since its values count, as far as can be told.
+
+        Called by the thread that trains, when everything is read: a write under way while a
+        background thread reads may be seen only when it is over.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
@@ -202,6 +210,9 @@ class ArraySource:
         else:
             flat = self.array.flat[start : start + count]
         np.copyto(out, flat.view(np.uint8))
+
+    def check_unchanged(self) -> None:
+        """NumPy does not tell."""
 
 
 def is_array(value: object) -> bool:

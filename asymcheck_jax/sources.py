@@ -66,6 +66,9 @@ class DeviceShard:
             if self._read == self.owned[1]:
                 self._host = None
 
+    def check_unchanged(self) -> None:
+        """Arrays of JAX do not change."""
+
 
 @dataclass(slots=True)
 class HostShard:
@@ -85,6 +88,9 @@ class HostShard:
         """Copy elements [start, start + count) of the shard into `out`."""
         begin = start * self.leaf.itemsize
         np.copyto(out, self.memory[begin : begin + len(out)])
+
+    def check_unchanged(self) -> None:
+        """Arrays of JAX do not change."""
 
 
 def view_of(state: Any, process: int, update: OptimizerUpdate | None = None) -> StateView:

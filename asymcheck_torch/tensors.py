@@ -121,8 +121,8 @@ class TensorSource:
 
     It holds the elements of the shard from `first` on.
 
-    Between `renew` and a read nobody may write to the tensor. Who does so through torch (but not
-    through `.data` or NumPy) makes the read fail: a snapshot is right or is not.
+    From `renew` until all is read nobody may write to the tensor. Whoever does so through torch
+    (but not through `.data` or NumPy) is found out: a snapshot is right or is not.
     """
 
     leaf: LeafSpec
@@ -144,26 +144,25 @@ class TensorSource:
         self.version = _version(self.tensor)
 
     def read_into(self, start: int, count: int, out: NDArray[np.uint8]) -> None:
-        """Copy elements [start, start + count) in row-major order.
-
-        Raises:
-            SaveFailedError: the tensor was written to meanwhile.
-        """
+        """Copy elements [start, start + count) in row-major order."""
         start -= self.first
         if self.memory is not None:
             begin = start * self.leaf.itemsize
             np.copyto(out, self.memory[begin : begin + len(out)])
         else:
             np.copyto(out, _bytes_of_range(self.tensor, start, count).numpy())
-        self._check_version()
 
-    def _check_version(self) -> None:
+    def check_unchanged(self) -> None:
+        """`SaveFailedError` if there was a write to the tensor since `renew`.
+
+        Torch counts a write when it is over, so a thread that reads meanwhile does not see it.
+        """
         if _version(self.tensor) != self.version:
             raise SaveFailedError(
-                "the tensor was changed before it could be captured",
+                "the tensor was changed while it was being captured",
                 leaf=self.leaf.path,
                 hint="From the forward pass to the next step() only attached optimizers may "
-                "change parameters and optimizer state",
+                "change parameters and optimizer state: call save_now(late=True) before you do",
             )
 
 
@@ -204,7 +203,6 @@ class CudaSource(TensorSource):
             copied = torch.cuda.Event()
             copied.record(stream)
         copied.synchronize()
-        self._check_version()
 
 
 class DeviceClocks:

@@ -194,6 +194,9 @@ class RowsSource:
         mine = self.whole[self.first : self.first + self.rows].reshape(-1)
         np.copyto(out, mine[start : start + count].view(np.uint8))
 
+    def check_unchanged(self) -> None:
+        pass
+
 
 def view_of_writer(writer: int, state: dict[str, Any]) -> StateView:
     """Writer 0 knows `first`, writer 1 `second`; both know the others."""

@@ -49,6 +49,9 @@ class Box:
     def read_into(self, start: int, count: int, out: Any) -> None:
         raise NotImplementedError
 
+    def check_unchanged(self) -> None:
+        raise NotImplementedError
+
 
 def planned(view: StateView, windows: Any = ONE_WINDOW, max_unit_nbytes: int = 1 << 20) -> Plan:
     return make_plan(view, windows, max_unit_nbytes)

@@ -6,7 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,9 @@ class WatchedSource:
     def read_into(self, start: int, count: int, out: np.ndarray) -> None:
         self.reading(threading.current_thread().name, out.nbytes)
         self.source.read_into(start, count, out)
+
+    def check_unchanged(self) -> None:
+        self.source.check_unchanged()
 
 
 def watched(state: Any, reading: Callable[[str, int], None]) -> StateView:
@@ -380,12 +383,45 @@ def test_sources_may_be_boxes_of_a_larger_leaf(store: MemoryStore) -> None:
         def read_into(self, start: int, count: int, out: np.ndarray) -> None:
             out[:] = 1
 
+        def check_unchanged(self) -> None:
+            pass
+
     with Checkpointer(store) as checkpointer:
         capture = checkpointer.begin(0, StateView({"leaf": "w"}, (Half(),)))
         capture.finish()
         with pytest.raises(SaveFailedError, match="cover it exactly once"):
             capture.pending.wait()
         assert checkpointer.steps() == []
+
+
+@pytest.mark.parametrize("raised", [SaveFailedError("it was changed", leaf="w"), KeyError("w")])
+def test_nothing_is_committed_of_a_state_that_turns_out_to_have_changed(
+    store: MemoryStore, raised: Exception
+) -> None:
+    class Changing(ArraySource):
+        read = False
+
+        def read_into(self, start: int, count: int, out: np.ndarray) -> None:
+            super().read_into(start, count, out)
+            Changing.read = True
+
+        def check_unchanged(self) -> None:
+            assert Changing.read  # it is of no use before
+            raise raised
+
+    view = numpy_view({"w": np.zeros(100)})
+    (source,) = view.sources
+    assert isinstance(source, ArraySource)
+    changing = Changing(source.leaf, source.array, source.group, source.owned)
+    with Checkpointer(store) as checkpointer:
+        capture = checkpointer.begin(3, replace(view, sources=(changing,)))
+        capture.finish()
+        with pytest.raises(SaveFailedError) as caught:
+            checkpointer.wait()
+        assert raised in (caught.value, caught.value.__cause__)
+        assert checkpointer.steps() == []
+        checkpointer.save(4, {"w": np.zeros(100)}).wait()
+        assert checkpointer.steps() == [4]
 
 
 def names(threads: Sequence[threading.Thread]) -> set[str]:

@@ -44,6 +44,9 @@ class BoxSource:
     def read_into(self, start: int, count: int, out: np.ndarray) -> None:
         out[:] = self._flat[start : start + count].view(np.uint8)
 
+    def check_unchanged(self) -> None:
+        pass
+
 
 class Writers:
     """`count` checkpointers of one run; what they do is done by all at once."""

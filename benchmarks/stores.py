@@ -5,13 +5,14 @@
 Plain clients: `cp` and `sync` for files, TensorStore's KvStore for S3 and GCS, hdfs-native for
 HDFS, fsspec for WebHDFS. They put and get objects of 32 MiB, at each of several numbers in flight,
 of which the best counts, from `bytes` made beforehand. AsymCheck saves and restores a state of as
-many bytes, uncompressed, with all of its checks, until it is durable and committed. What was
-written before is synced first. Rounds take turns; medians are shown. Small leaves: 100,000 of 4 KiB
+many bytes, uncompressed, with all of its checks, until it is durable and committed. Neither writes
+over an object. What was written before is synced first. Rounds take turns; medians are shown. Small
+leaves: 100,000 of 4 KiB
 in one checkpoint, against one object a leaf through the plain client (of which only so many are put
 as fit into `--seconds`).
 
-Servers run on this machine: moto for S3, the tests' own stand-in for GCS, a real NameNode and two
-DataNodes for HDFS. They have one half of its cores, and clients the other.
+Servers run on this machine: SeaweedFS for S3, the tests' own stand-in for GCS, a real NameNode and
+two DataNodes for HDFS. They have one half of its cores, and clients the other.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Client(Protocol):
 
     def get(self, key: str) -> None: ...
 
+    def delete(self, key: str) -> None: ...
+
 
 class Cp:
     """Files that `cp` copies from memory to the disk and `sync` syncs."""
@@ -84,6 +87,9 @@ class Cp:
         subprocess.run(["cp", self._root / key, self._memory / f"{key}.read"], check=True)
         (self._memory / f"{key}.read").unlink()
 
+    def delete(self, key: str) -> None:
+        (self._root / key).unlink()
+
     def close(self) -> None:
         shutil.rmtree(self._memory)
 
@@ -102,6 +108,9 @@ class KvStore:
     def get(self, key: str) -> None:
         found = self._store.read(key).result()
         assert found.value  # copies it
+
+    def delete(self, key: str) -> None:
+        self._store.write(key, None).result()
 
 
 class HdfsNative:
@@ -123,6 +132,9 @@ class HdfsNative:
         with self._client.read(f"/plain/{key}") as file:
             file.read()
 
+    def delete(self, key: str) -> None:
+        self._client.delete(f"/plain/{key}", recursive=False)
+
 
 class WebHdfs:
     """fsspec's WebHDFS."""
@@ -139,6 +151,9 @@ class WebHdfs:
 
     def get(self, key: str) -> None:
         self._files.cat_file(f"/plain/{key}")
+
+    def delete(self, key: str) -> None:
+        self._files.rm_file(f"/plain/{key}")
 
 
 # -- stores ------------------------------------------------------------------------------------
@@ -167,9 +182,12 @@ def file_place() -> Iterator[Place]:
 
 @contextmanager
 def s3_place() -> Iterator[Place]:
-    from servers.s3 import S3Server
+    from servers.seaweed import SeaweedServer
 
-    with S3Server() as server:
+    with (
+        tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as directory,
+        SeaweedServer(Path(directory)) as server,
+    ):
         os.environ |= server.environment
         spec = {"driver": "s3", "bucket": server.bucket, "path": "plain/", "endpoint": server.url}
         query = f"endpoint={server.url}&region=us-east-1"
@@ -243,16 +261,19 @@ def timed(call: Callable[[int], object], count: int, in_flight: int) -> float:
         return time.perf_counter() - begun_s
 
 
-def plain_round(place: Place, volume_nbytes: int) -> dict[str, float]:
+def plain_round(place: Place, round: int, volume_nbytes: int) -> dict[str, float]:
     """MB/s of the plain client, at the best number in flight."""
     data = np.random.default_rng(0).bytes(OBJECT_NBYTES)
     count = volume_nbytes // OBJECT_NBYTES
     write_s, read_s = [], []
-    for in_flight in IN_FLIGHT:  # the same objects again, so that servers in memory have room
+    for in_flight in IN_FLIGHT:
+        names = [f"{round}-{in_flight}-{n}" for n in range(count)]
         os.sync()
-        write_s.append(timed(lambda n: place.client.put(f"{n}", data), count, in_flight))
+        write_s.append(timed(lambda n: place.client.put(names[n], data), count, in_flight))
         place.before_read()
-        read_s.append(timed(lambda n: place.client.get(f"{n}"), count, in_flight))
+        read_s.append(timed(lambda n: place.client.get(names[n]), count, in_flight))
+        for name in names:  # so that servers in memory have room
+            place.client.delete(name)
     nbytes = count * OBJECT_NBYTES
     return {"write": nbytes / min(write_s) / 1e6, "read": nbytes / min(read_s) / 1e6}
 
@@ -360,10 +381,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             stack.enter_context(cores(1))
         plain, ours = [], []
         if args.rounds:  # so that the machine has its memory
-            plain_round(place, args.mib * MIB)
+            plain_round(place, args.rounds, args.mib * MIB)
             our_round(place, args.rounds, args.mib * MIB)
         for round in range(args.rounds):
-            plain.append(plain_round(place, args.mib * MIB))
+            plain.append(plain_round(place, round, args.mib * MIB))
             ours.append(our_round(place, round, args.mib * MIB))
             print(f"{name} round {round + 1}: plain {plain[-1]}, asymcheck {ours[-1]}", flush=True)
         small = small_leaves(place, args.leaves, args.seconds) if args.leaves else None

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import settings
 from memory_store import MemoryStore
-from servers.fixtures import gcs_server, s3_process, s3_server
+from servers.fixtures import gcs_server, s3_process, s3_server, seaweed_process, seaweed_server
 from servers.hdfs_fixtures import frail_cluster, hdfs_cluster, hdfs_path
 
 from asymcheck.cli import main
@@ -21,6 +21,8 @@ __all__ = [
     "hdfs_path",
     "s3_process",
     "s3_server",
+    "seaweed_process",
+    "seaweed_server",
 ]
 
 # Eight devices to shard over; must be set before anything imports JAX.

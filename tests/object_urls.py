@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from servers.gcs import GcsServer
 from servers.s3 import S3Server
+from servers.seaweed import SeaweedServer
 
 
-def s3_url(server: S3Server, prefix: str = "runs/a", **options: object) -> str:
+def s3_url(server: S3Server | SeaweedServer, prefix: str = "runs/a", **options: object) -> str:
     """`endpoint` may be given, for a proxy in front of the server."""
     options = {"endpoint": server.url, "region": server.region} | options
     query = "&".join(f"{name}={value}" for name, value in options.items())

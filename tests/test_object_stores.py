@@ -16,6 +16,7 @@ from object_urls import gs_url, s3_url
 from servers.gcs import TOKEN, GcsServer
 from servers.proxy import HttpProxy, Proxy
 from servers.s3 import S3Server
+from servers.seaweed import SeaweedServer
 
 from asymcheck.errors import (
     ObjectNotFoundError,
@@ -99,6 +100,14 @@ class TestS3(StoreContract):
     @pytest.fixture
     def open_store(self, s3_server: S3Server) -> Callable[[], Store]:
         return lambda: open_store(s3_url(s3_server))
+
+
+class TestSeaweedFs(StoreContract):
+    large_nbytes = (8 << 20) + 1
+
+    @pytest.fixture
+    def open_store(self, seaweed_server: SeaweedServer) -> Callable[[], Store]:
+        return lambda: open_store(s3_url(seaweed_server))
 
 
 class TestPrefixes:
@@ -474,6 +483,30 @@ class TestRefusals:
         for source in ("environment", "profile:nobody-of-this-name"):
             with pytest.raises(StorePermissionError, match="missing, wrong or expired"):
                 open_store(s3_url(s3_server, credentials=source)).list("")
+
+    def test_credentials_that_are_wrong(
+        self, seaweed_server: SeaweedServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The server checks signatures, as Amazon's does."""
+        store = open_store(s3_url(seaweed_server))
+        store.put("k", DATA)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        intruder = open_store(s3_url(seaweed_server))
+        for attempt in (
+            lambda: intruder.put("k", DATA[:1]),
+            lambda: intruder.get("k", len(DATA)),
+            lambda: intruder.list(""),
+            lambda: intruder.delete("k"),
+        ):
+            with pytest.raises(StorePermissionError, match="wrong or expired") as raised:
+                attempt()
+            assert SECRET not in str(raised.value)
+        assert store.get("k", len(DATA)) == DATA
+
+    def test_a_bucket_that_is_not_there(self, seaweed_server: SeaweedServer) -> None:
+        store = open_store(s3_url(seaweed_server).replace(seaweed_server.bucket, "no-such-bucket"))
+        with pytest.raises(StoreError, match="NoSuchBucket"):
+            store.list("")
 
     def test_a_failed_removal_does_not_keep_the_others(self, gcs_server: GcsServer) -> None:
         store = open_store(gs_url(gcs_server))

@@ -48,12 +48,11 @@ def address(url: str) -> tuple[str, int]:
     return host, int(port)
 
 
-@pytest.fixture(params=["gs", "s3"])
+@pytest.fixture(params=["gcs", "s3", "seaweed"])
 def url(request: pytest.FixtureRequest) -> str:
-    """Of an empty place on a server of each kind."""
-    if request.param == "gs":
-        return gs_url(request.getfixturevalue("gcs_server"))
-    return s3_url(request.getfixturevalue("s3_server"))
+    """Of an empty place on each server."""
+    server = request.getfixturevalue(f"{request.param}_server")
+    return gs_url(server) if request.param == "gcs" else s3_url(server)
 
 
 class TestRuns:

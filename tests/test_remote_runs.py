@@ -19,7 +19,7 @@ MORE_STEPS = 4
 def run_url(request: pytest.FixtureRequest) -> str:
     """Where a run is kept; empty."""
     if request.param == "s3":
-        return s3_url(request.getfixturevalue("s3_server"))
+        return s3_url(request.getfixturevalue("seaweed_server"))
     cluster, path = (request.getfixturevalue(name) for name in ("hdfs_cluster", "hdfs_path"))
     return url_of(cluster, "hdfs", path)
 

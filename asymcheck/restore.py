@@ -6,7 +6,8 @@ range; so a chain is decoded range by range, in memory that stays in cache, and 
 for a range that a later step stores in full.
 
 Jobs are run in batches, by the place of their blocks in the packs, many at a time. What the blocks
-of a batch, those of the steps below included, have close together is read by one request first.
+of a batch, those of the steps below included, have close together is read by one request first. On
+a disk a thread runs a stretch of batches in a row, since the kernel reads ahead of each.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from asymcheck.state import ShardSpec, dtype_of
 from asymcheck.stores.base import Store
 
 Bytes = NDArray[np.uint8]
+_STRETCHES = 4  # for each thread at least, so that all end at about the same time
 
 
 class Want(msgspec.Struct, frozen=True, eq=False):
@@ -115,11 +117,10 @@ class ChainReader:
         """
         jobs = self._jobs(0, wants)
         jobs.sort(key=_location)
+        batches = list(self._batches(jobs, self._reach))
         with self._request_pool() as requests:
-            batches = self._batches(jobs, self._reach)
-            if self._threads == 1:
-                for batch in batches:
-                    self._run_batch(batch, requests)
+            if self._threads == 1 or len(batches) < 2:
+                self._run_stretch(batches, requests)
             else:
                 self._run_all(batches, requests)
 
@@ -129,16 +130,10 @@ class ChainReader:
             return nullcontext()
         return ThreadPoolExecutor(self._requests, "asymcheck-request")
 
-    def _run_all(self, batches: Iterator[_Batch], requests: ThreadPoolExecutor | None) -> None:
-        first = next(batches, None)
-        second = next(batches, None)
-        if first is None or second is None:
-            if first is not None:
-                self._run_batch(first, requests)
-            return
+    def _run_all(self, batches: Sequence[_Batch], requests: ThreadPoolExecutor | None) -> None:
         with ThreadPoolExecutor(self._threads, "asymcheck-restore") as pool:
-            futures = [pool.submit(self._run_batch, b, requests) for b in (first, second)]
-            futures += [pool.submit(self._run_batch, b, requests) for b in batches]
+            stretches = _stretches(batches, self._reach.stretch_nbytes, self._threads)
+            futures = [pool.submit(self._run_stretch, s, requests) for s in stretches]
             try:
                 for future in futures:
                     future.result()
@@ -176,6 +171,10 @@ class ChainReader:
         for base in box.overlapping(stored.block.start, stored.block.stop):
             for member in below.groups[base.group] if base.codec.joint else (base,):
                 self._add_with_bases(level + 1, member, found)
+
+    def _run_stretch(self, stretch: Sequence[_Batch], requests: ThreadPoolExecutor | None) -> None:
+        for batch in stretch:
+            self._run_batch(batch, requests)
 
     def _run_batch(self, batch: _Batch, requests: ThreadPoolExecutor | None) -> None:
         read = self._read(batch.spans, requests)
@@ -303,6 +302,19 @@ class ChainReader:
             object=stored.block.key,
             offset=stored.block.offset,
         )
+
+
+def _stretches(
+    batches: Sequence[_Batch], max_nbytes: int, threads: int
+) -> Iterator[Sequence[_Batch]]:
+    """Batches in a row, as many as one thread runs: a few for each thread, none too long."""
+    nbytes = min(max_nbytes, sum(b.nbytes for b in batches) // (threads * _STRETCHES))
+    begin, length = 0, 0
+    for end, batch in enumerate(batches, 1):
+        length += batch.nbytes
+        if length >= nbytes or end == len(batches):
+            yield batches[begin:end]
+            begin, length = end, 0
 
 
 def _location(job: _Job) -> tuple[str, int]:

@@ -15,18 +15,22 @@ class Reach:
         gap_nbytes: so many bytes that nobody wants take no longer to read than one more request.
         alone_nbytes: from this length on a range has a request of its own, straight into place.
         span_nbytes: what one request reads at most, if it reads several ranges.
+        stretch_nbytes: what one thread reads in a row at most, where that is faster.
     """
 
     gap_nbytes: int
     alone_nbytes: float
     span_nbytes: int
+    stretch_nbytes: int
 
 
 # A request costs some 20 us, in which a page cache gives 64 KiB; and copying is to be avoided.
-_HERE = Reach(gap_nbytes=64 << 10, alone_nbytes=256 << 10, span_nbytes=1 << 20)
+_HERE = Reach(
+    gap_nbytes=64 << 10, alone_nbytes=256 << 10, span_nbytes=1 << 20, stretch_nbytes=32 << 20
+)
 # It costs some 20 to 50 ms, in which a stream of 80 MB/s gives megabytes; but then many are under
 # way at once and share a link, and some providers charge for what leaves them: so a tenth of that.
-_FAR = Reach(gap_nbytes=256 << 10, alone_nbytes=float("inf"), span_nbytes=8 << 20)
+_FAR = Reach(gap_nbytes=256 << 10, alone_nbytes=float("inf"), span_nbytes=8 << 20, stretch_nbytes=0)
 
 
 def reach_of(store: Store) -> Reach:

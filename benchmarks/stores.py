@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -253,10 +253,10 @@ def run_url(place: Place, name: str) -> str:
     return f"{path}/{name}{question}{query}"
 
 
-def timed(call: Callable[[int], object], count: int, in_flight: int) -> float:
+def timed(call: Callable[[str], object], names: Sequence[str], in_flight: int) -> float:
     with ThreadPoolExecutor(in_flight) as pool:
         begun_s = time.perf_counter()
-        for done in [pool.submit(call, n) for n in range(count)]:
+        for done in [pool.submit(call, name) for name in names]:
             done.result()
         return time.perf_counter() - begun_s
 
@@ -269,9 +269,9 @@ def plain_round(place: Place, round: int, volume_nbytes: int) -> dict[str, float
     for in_flight in IN_FLIGHT:
         names = [f"{round}-{in_flight}-{n}" for n in range(count)]
         os.sync()
-        write_s.append(timed(lambda n: place.client.put(names[n], data), count, in_flight))
+        write_s.append(timed(lambda name: place.client.put(name, data), names, in_flight))
         place.before_read()
-        read_s.append(timed(lambda n: place.client.get(names[n]), count, in_flight))
+        read_s.append(timed(place.client.get, names, in_flight))
         for name in names:  # so that servers in memory have room
             place.client.delete(name)
     nbytes = count * OBJECT_NBYTES

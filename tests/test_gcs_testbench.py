@@ -1,9 +1,9 @@
 """`gs://` on Google's own test server, which is not on PyPI: run by hand.
 
-    git clone https://github.com/googleapis/storage-testbench
-    pip install ./storage-testbench         # into an environment of its own
-    python storage-testbench/testbench_run.py 127.0.0.1 9000 10
-    STORAGE_TESTBENCH_URL=http://127.0.0.1:9000 pytest -m long tests/test_gcs_testbench.py
+git clone https://github.com/googleapis/storage-testbench
+pip install ./storage-testbench         # into an environment of its own
+python storage-testbench/testbench_run.py 127.0.0.1 9000 10
+STORAGE_TESTBENCH_URL=http://127.0.0.1:9000 pytest -m long tests/test_gcs_testbench.py
 """
 
 from __future__ import annotations

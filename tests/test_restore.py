@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from memory_store import MemoryStore, RemoteStore
 from states import drifted, same, training_state
 
@@ -24,7 +27,7 @@ from asymcheck.errors import (
 )
 from asymcheck.index import StepIndex, StoredBlock, load_chain
 from asymcheck.reader import open_step, whole
-from asymcheck.restore import ChainReader, Want
+from asymcheck.restore import _STRETCHES, ChainReader, Want, _Batch, _stretches
 from asymcheck.spans import Spans, reach_of
 from asymcheck.state import ShardSpec
 
@@ -338,6 +341,40 @@ def test_a_failure_ends_all_reading(store: MemoryStore) -> None:
         checkpoint.state()
     assert threading.active_count() == before
     assert reading.acquire(timeout=0)
+
+
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(1, 400), st.integers(1, 5)
+)
+def test_every_batch_is_in_one_stretch_and_no_thread_waits_for_long(
+    sizes: list[int], max_nbytes: int, threads: int
+) -> None:
+    batches = [_Batch(Spans(reach_of(MemoryStore())), nbytes=nbytes) for nbytes in sizes]
+    stretches = list(_stretches(batches, max_nbytes, threads))
+    assert [batch for stretch in stretches for batch in stretch] == batches
+    for stretch in stretches:
+        before_the_last = sum(batch.nbytes for batch in stretch[:-1])
+        assert before_the_last < max(1, min(max_nbytes, sum(sizes) / threads / 4))
+
+
+def test_one_thread_reads_what_lies_in_a_row(store: MemoryStore) -> None:
+    """So that a disk reads ahead of it."""
+    state = {f"leaf {i}": np.full(1 << 19, i, np.float32) for i in range(32)}  # 2 MiB each
+    with Checkpointer(store, strategy=AsymCheck(policy=Never())) as checkpointer:
+        checkpointer.save(0, state)
+    rows: dict[str, list[tuple[str, int]]] = {}
+    get_range = store.get_range
+
+    def watched(key: str, offset: int, out: memoryview) -> None:
+        rows.setdefault(threading.current_thread().name, []).append((key, offset))
+        get_range(key, offset, out)
+
+    store.get_range = watched
+    assert same(open_step(store, 0, 2).state(), state)
+    places = sorted(place for row in rows.values() for place in row)
+    following = dict(pairwise(places))
+    jumps = sum(following.get(a) != b for row in rows.values() for a, b in pairwise(row))
+    assert len(places) == 32 and jumps <= 2 * _STRETCHES
 
 
 def wants(index: StepIndex, path: str) -> list[Want]:

@@ -11,7 +11,7 @@ from memory_store import MemoryStore, RemoteStore
 
 from asymcheck.spans import Reach, Spans, reach_of
 
-REACH = Reach(gap_nbytes=10, alone_nbytes=50, span_nbytes=100)
+REACH = Reach(gap_nbytes=10, alone_nbytes=50, span_nbytes=100, stretch_nbytes=0)
 Places = list[tuple[str, int, int]]
 
 
@@ -70,3 +70,4 @@ def test_requests_reach_further_where_they_are_journeys() -> None:
     here, far = reach_of(MemoryStore()), reach_of(RemoteStore())
     assert here.gap_nbytes < far.gap_nbytes and here.span_nbytes < far.span_nbytes
     assert here.alone_nbytes < 1 << 20 < far.alone_nbytes
+    assert here.stretch_nbytes > here.span_nbytes and far.stretch_nbytes < far.span_nbytes

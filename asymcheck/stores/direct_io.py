@@ -12,6 +12,7 @@ from asymcheck.stores.filesystem import Filesystem
 
 ALIGNMENT = 4096  # of memory, offset and length; enough for every common file system and disk
 _BOUNCE_NBYTES = 1 << 20
+_READ_NBYTES = 256 << 10
 _MAX_CALL_NBYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 
 
@@ -24,10 +25,13 @@ def write_all(filesystem: Filesystem, fd: int, data: memoryview, offset: int) ->
 
 
 def read_up_to(filesystem: Filesystem, fd: int, out: memoryview, offset: int) -> int:
-    """Fill `out` from `offset`; return how many bytes there were before the end of the file."""
+    """Fill `out` from `offset`; return how many bytes there were before the end of the file.
+
+    In pieces, so that the kernel reads the next ones from the disk while it copies one.
+    """
     filled = 0
     while filled < len(out):
-        rest = out[filled : filled + _MAX_CALL_NBYTES]
+        rest = out[filled : filled + _READ_NBYTES]
         count = filesystem.pread(fd, rest, offset + filled)
         if count == 0:
             break

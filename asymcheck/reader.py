@@ -27,7 +27,7 @@ from asymcheck.reshard import Overlap, overlaps, within
 from asymcheck.restore import ChainReader, Want
 from asymcheck.state import ArraySource, LeafSpec, ShardSpec, dtype_of, numpy_view
 from asymcheck.stores import open_store
-from asymcheck.stores.base import Store
+from asymcheck.stores.base import RANGE_NBYTES, Store
 from asymcheck.tiers import Tiers
 
 _BATCH_NBYTES = 64 << 20
@@ -37,8 +37,14 @@ Index = SupportsIndex | slice | EllipsisType | tuple[Any, ...]
 
 
 def default_threads(store: Store) -> int:
-    """Blocks read and decoded at once: enough to keep a disk and the cores busy, or a network."""
-    return store.guarantees.concurrency or min(16, 2 * (os.cpu_count() or 1))
+    """Blocks read and decoded at once: enough to keep a disk and the cores busy, or a network.
+
+    Of a store with longer ranges so many fewer that the memory is the same.
+    """
+    guarantees = store.guarantees
+    if guarantees.concurrency is None:
+        return min(16, 2 * (os.cpu_count() or 1))
+    return max(1, guarantees.concurrency * RANGE_NBYTES // guarantees.range_nbytes)
 
 
 class Destination(msgspec.Struct, frozen=True, eq=False):

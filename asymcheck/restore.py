@@ -90,7 +90,8 @@ class ChainReader:
     """Reads ranges of a step given the indices of its chain, target first.
 
     Where requests travel through a network as many are under way at once as the store serves.
-    Host memory beside the `out`s: up to 16 MiB for each thread there, 2 MiB elsewhere.
+    Host memory beside the `out`s: up to twice the store's `range_nbytes` for each thread there,
+    2 MiB elsewhere.
 
     Args:
         store: where the packs are.

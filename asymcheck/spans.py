@@ -30,12 +30,14 @@ _HERE = Reach(
 )
 # It costs some 20 to 50 ms, in which a stream of 80 MB/s gives megabytes; but then many are under
 # way at once and share a link, and some providers charge for what leaves them: so a tenth of that.
-_FAR = Reach(gap_nbytes=256 << 10, alone_nbytes=float("inf"), span_nbytes=8 << 20, stretch_nbytes=0)
+_GAP_FAR_NBYTES = 256 << 10
 
 
 def reach_of(store: Store) -> Reach:
     """By what the store says about its requests."""
-    return _HERE if store.guarantees.concurrency is None else _FAR
+    if store.guarantees.concurrency is None:
+        return _HERE
+    return Reach(_GAP_FAR_NBYTES, float("inf"), store.guarantees.range_nbytes, stretch_nbytes=0)
 
 
 Range = tuple[str, int, int]

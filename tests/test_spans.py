@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_store import MemoryStore, RemoteStore
 
+from asymcheck.reader import default_threads
 from asymcheck.spans import Reach, Spans, reach_of
+from asymcheck.stores.base import RANGE_NBYTES
 
 REACH = Reach(gap_nbytes=10, alone_nbytes=50, span_nbytes=100, stretch_nbytes=0)
 Places = list[tuple[str, int, int]]
@@ -71,3 +73,14 @@ def test_requests_reach_further_where_they_are_journeys() -> None:
     assert here.gap_nbytes < far.gap_nbytes and here.span_nbytes < far.span_nbytes
     assert here.alone_nbytes < 1 << 20 < far.alone_nbytes
     assert here.stretch_nbytes > here.span_nbytes and far.stretch_nbytes < far.span_nbytes
+
+
+def test_longer_ranges_are_fewer_at_a_time() -> None:
+    store = RemoteStore(concurrency=12)
+    assert reach_of(store).span_nbytes == RANGE_NBYTES
+    assert default_threads(store) == 12
+    store.guarantees = replace(store.guarantees, range_nbytes=4 * RANGE_NBYTES)
+    assert reach_of(store).span_nbytes == 4 * RANGE_NBYTES
+    assert default_threads(store) == 3
+    store.guarantees = replace(store.guarantees, range_nbytes=20 * RANGE_NBYTES)
+    assert default_threads(store) == 1

@@ -10,6 +10,7 @@ from asymcheck.errors import StoreError
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
 MAX_KEY_LENGTH = 512
+RANGE_NBYTES = 8 << 20  # some 100 ms of one stream, where a request costs 20 to 50 ms
 
 
 def is_key(key: str) -> bool:
@@ -55,6 +56,7 @@ class Guarantees:
         concurrency: requests that it serves at a time, if each is a journey over a network: then
             many are under way at once, and ranges that lie close together are read by one. None
             for a place on this machine, where a request costs next to nothing.
+        range_nbytes: what one such request reads at most, if it reads several ranges.
     """
 
     atomic_put: str
@@ -64,6 +66,7 @@ class Guarantees:
     rename: bool
     tried_first: bool = False
     concurrency: int | None = None
+    range_nbytes: int = RANGE_NBYTES
 
 
 @runtime_checkable

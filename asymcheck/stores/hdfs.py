@@ -73,7 +73,11 @@ class HdfsStore:
     @property
     def guarantees(self) -> Guarantees:
         """Durable: `put` returns when data and names are synced."""
-        return replace(GUARANTEES, concurrency=self._options.concurrency)
+        return replace(
+            GUARANTEES,
+            concurrency=self._options.concurrency,
+            range_nbytes=self._client.range_nbytes,
+        )
 
     def get(self, key: str, max_nbytes: int) -> bytes:
         """The whole object; `ObjectTooLongError` if it has more than `max_nbytes` (none read)."""

@@ -57,7 +57,12 @@ class HdfsClient(Protocol):
 
     Paths are absolute and plain. Everything that fails raises `HadoopError`; of a request that
     changes something and fails by `UNREACHABLE` or `TIMED_OUT` nobody knows whether it was done.
+
+    Attributes:
+        range_nbytes: what a read should have at most; see `Guarantees`.
     """
+
+    range_nbytes: int
 
     def create(self, path: str, data: memoryview, deadline: Deadline) -> None:
         """Write a new file, and the directories above it.

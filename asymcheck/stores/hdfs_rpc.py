@@ -10,6 +10,7 @@ from hdfs_native import Client, FileReader, WriteOptions
 from hdfs_native import FileStatus as NativeStatus
 
 from asymcheck.errors import StoreError
+from asymcheck.stores.base import RANGE_NBYTES
 from asymcheck.stores.bounded_calls import BoundedCalls, CallTimedOutError
 from asymcheck.stores.hadoop_errors import (
     CLIENT_FAILED,
@@ -48,6 +49,8 @@ class RpcClient:
         StoreError: a nameservice that is not in Hadoop's configuration, or other `credentials`
             than `default`.
     """
+
+    range_nbytes = RANGE_NBYTES
 
     def __init__(self, place: RemotePlace) -> None:
         if place.options.credentials not in (None, "default"):

@@ -19,6 +19,7 @@ from fsspec.implementations import webhdfs  # pyright: ignore[reportMissingTypeS
 from requests.adapters import HTTPAdapter
 
 from asymcheck.errors import StoreError
+from asymcheck.stores.base import RANGE_NBYTES
 from asymcheck.stores.hadoop_errors import FILE_NOT_FOUND, UNREACHABLE, UNSUPPORTED, HadoopError
 from asymcheck.stores.hdfs_client import Deadline, FileStatus
 from asymcheck.stores.urls import RemotePlace
@@ -43,6 +44,8 @@ class WebHdfsClient:
     Raises:
         StoreError: the address is none, or `credentials` says something else.
     """
+
+    range_nbytes = 4 * RANGE_NBYTES  # each read is three requests, one over a new connection
 
     def __init__(self, place: RemotePlace) -> None:
         host, port = _address(place)

@@ -81,8 +81,10 @@ def attach(
     Parameters and optimizer state are copied in the background between the first forward pass
     after the update and the next `step()`, which waits for what is left. So they may be changed
     by hand between `step()` and the next forward pass (clipped, swapped with averages for an
-    evaluation and back), but from there only by an attached optimizer. Forward passes with
-    gradients switched off in eval mode are an evaluation: they begin nothing.
+    evaluation and back), but from there only by an attached optimizer, or after
+    `save_now(late=True)`: a step of which torch counts other writes is not saved
+    (`SaveFailedError`). Forward passes with gradients switched off in eval mode are an
+    evaluation: they begin nothing.
 
     Extra state is anything with `state_dict()` and `load_state_dict()`, or a `torch.Generator`:
 

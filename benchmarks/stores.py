@@ -1,6 +1,6 @@
 """Every store beside the plain client of that store: 1 GiB in packs, and 100,000 small leaves.
 
-    python benchmarks/stores.py --stores file s3 gs hdfs --rounds 3 --output build/stores
+    python benchmarks/stores.py --stores file s3 gs hdfs --rounds 3
 
 Plain clients: `cp` and `sync` for files, TensorStore's KvStore for S3 and GCS, hdfs-native for
 HDFS, fsspec for WebHDFS. They put and get objects of 32 MiB, at each of several numbers in flight,
@@ -11,8 +11,9 @@ leaves: 100,000 of 4 KiB
 in one checkpoint, against one object a leaf through the plain client (of which only so many are put
 as fit into `--seconds`).
 
-Servers run on this machine: SeaweedFS for S3, the tests' own stand-in for GCS, a real NameNode and
-two DataNodes for HDFS. They have one half of its cores, and clients the other.
+Servers run on this machine: SeaweedFS for S3, the tests' own stand-in for GCS (once more as if it
+were 20 ms away), a real NameNode and two DataNodes for HDFS. They have one half of its cores, and
+clients the other.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -50,6 +52,7 @@ OBJECT_NBYTES = 32 * MIB
 LEAF_NBYTES = 16 * MIB
 SMALL_NBYTES = 4096
 IN_FLIGHT = (4, 8, 16)
+FAR_S = 0.02
 LEARNING = 2
 TIMES = 3
 
@@ -195,19 +198,21 @@ def s3_place() -> Iterator[Place]:
         yield Place(f"s3://{server.bucket}/runs?{query}", client)
 
 
-def _serve_gcs(connection: Any) -> None:
+def _serve_gcs(connection: Any, latency_s: float) -> None:
     from servers.gcs import GcsServer
 
-    with GcsServer() as server:
+    with GcsServer(latency_s=latency_s) as server:
         connection.send((server.bucket, server.environment))
         connection.recv()
 
 
 @contextmanager
-def gs_place() -> Iterator[Place]:
+def gs_place(latency_s: float = 0.0) -> Iterator[Place]:
     """The stand-in in a process of its own, so that it shares no interpreter with the client."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve_gcs, args=(there,))
+    process = multiprocessing.get_context("spawn").Process(
+        target=_serve_gcs, args=(there, latency_s)
+    )
     process.start()
     try:
         bucket, environment = here.recv()
@@ -239,6 +244,7 @@ PLACES = {
     "file": file_place,
     "s3": s3_place,
     "gs": gs_place,
+    "gs-20ms": partial(gs_place, FAR_S),
     "hdfs": hdfs_place,
     "webhdfs": webhdfs_place,
 }

@@ -11,5 +11,5 @@ ruff check .
 ruff format --check .
 pyright
 lint-imports
-# Half of the time tests wait, for servers and for each other: two files at a time.
-pytest -n 2 --dist loadfile --cov=asymcheck --cov-report=term --cov-fail-under=90 "$@"
+# Half of the time tests wait, for servers and for each other: three files at a time on two cores.
+pytest -n 3 --dist loadfile --cov=asymcheck --cov-report=term --cov-fail-under=90 "$@"

@@ -27,6 +27,7 @@ from asymcheck.errors import (
     StorePermissionError,
     StoreUnavailableError,
 )
+from asymcheck.reader import default_threads
 from asymcheck.stores import Store, StoreOptions, open_store, process_identity
 from asymcheck.stores.bounded_calls import BoundedCalls, CallTimedOutError
 from asymcheck.stores.hadoop_errors import HadoopError, is_passing, store_error
@@ -78,6 +79,14 @@ class TestWebHdfsStore(HdfsStoreContract):
 @pytest.fixture(params=SCHEMES)
 def url(request: pytest.FixtureRequest, hdfs_cluster: HdfsCluster, hdfs_path: str) -> str:
     return url_of(hdfs_cluster, request.param, hdfs_path)
+
+
+def test_reads_over_http_are_longer_and_fewer_at_a_time() -> None:
+    rpc, http = (open_store(f"{scheme}://127.0.0.1:1/runs") for scheme in SCHEMES)
+    assert http.guarantees.range_nbytes == 4 * rpc.guarantees.range_nbytes
+    assert default_threads(http) == default_threads(rpc) // 4
+    rpc.close()
+    http.close()
 
 
 class TestOpening:

@@ -111,7 +111,8 @@ class Capture:
             left_nbytes = self._drain()
             with self._state:
                 self._state.wait_for(lambda: self._copying == 0)
-            self._check_unchanged()
+            if self._attempt.error is None:
+                self._check_unchanged()
         except BaseException as error:  # an interrupt: the state may change before all is captured
             self._attempt.fail(error)
             raise

@@ -138,8 +138,13 @@ class TrainingState:
         renormed = renormed_in_forward(self.module)
         if renormed:
             params = state["params"]
-            copied = {name: self._common_copies(_dense(params[name])) for name in renormed}
-            state["params"] = {**params, **copied}
+            memory = {
+                identity(params[name]) for name in renormed
+            }  # tied ones have other names, too
+            state["params"] = {
+                name: self._common_copies(_dense(value)) if identity(value) in memory else value
+                for name, value in params.items()
+            }
         return state
 
     def _common(self) -> dict[str, Any]:

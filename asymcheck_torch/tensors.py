@@ -162,7 +162,7 @@ class TensorSource:
                 "the tensor was changed while it was being captured",
                 leaf=self.leaf.path,
                 hint="From the forward pass to the next step() only attached optimizers may "
-                "change parameters and optimizer state: call save_now(late=True) before you do",
+                "change parameters and optimizer state: whoever else does calls barrier() before",
             )
 
 

@@ -81,10 +81,9 @@ def attach(
     Parameters and optimizer state are copied in the background between the first forward pass
     after the update and the next `step()`, which waits for what is left. So they may be changed
     by hand between `step()` and the next forward pass (clipped, swapped with averages for an
-    evaluation and back), but from there only by an attached optimizer, or after
-    `save_now(late=True)`: a step of which torch counts other writes is not saved
-    (`SaveFailedError`). Forward passes with gradients switched off in eval mode are an
-    evaluation: they begin nothing.
+    evaluation and back), but from there only by an attached optimizer, or after `barrier()`: a
+    step of which torch counts other writes is not saved (`SaveFailedError`). Forward passes with
+    gradients switched off in eval mode are an evaluation: they begin nothing.
 
     Extra state is anything with `state_dict()` and `load_state_dict()`, or a `torch.Generator`:
 
@@ -316,9 +315,10 @@ class TrainingCheckpointer:
 
         Args:
             late: after a forward pass, too (an update that was skipped, accumulation that is not
-                at its end). Parameters and optimizer state are those of the update then, but
-                buffers, generators and extra state what they are now, unless the step was to be
-                checkpointed anyway. Gradients that have not been used are in no checkpoint.
+                at its end). Parameters and optimizer state are those of the update then (if
+                nobody has changed them by hand), but buffers, generators and extra state what they
+                are now, unless the step was to be checkpointed anyway. Gradients that have not been
+                used are in no checkpoint.
 
         Raises:
             SaveFailedError: a forward pass has begun since the update, and may have changed
@@ -334,6 +334,15 @@ class TrainingCheckpointer:
                 )
             self._note_update()
         self._barrier()
+
+    def barrier(self) -> None:
+        """Return when the step that is being captured is: then it may be changed by anybody.
+
+        To be called before parameters or optimizer state are changed between a forward pass and
+        `step()` by anything but an attached optimizer: sharpness-aware minimisation, weight decay
+        by hand, a teacher that follows. `step()` waits for the same.
+        """
+        self._finish()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when every step up to now that is to be checkpointed is durable.

@@ -459,8 +459,8 @@ def test_weights_changed_in_the_middle_of_a_step_are_never_saved_as_a_mixture(ca
 
     def iterate(_i):
         module(torch.randn(6, 200)).square().mean().backward()
-        if announced and ckpt.step:
-            ckpt.save_now(late=True)
+        if announced:
+            ckpt.barrier()
         elif captured and ckpt.step:
             assert ckpt._capture.await_captured(30)
         with torch.no_grad():
@@ -499,12 +499,15 @@ def test_a_write_before_the_first_window_is_always_seen():
     ckpt.close()
 
 
-def test_embeddings_renormed_in_the_forward_pass():
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_renormed_in_the_forward_pass(tied):
     class Renormed(nn.Module):
         def __init__(self):
             super().__init__()
             self.embedding = nn.Embedding(12, 8, max_norm=0.5)
             self.head = nn.Linear(8, 12)
+            if tied:
+                self.head.weight = self.embedding.weight
 
         def forward(self, x):
             return self.head(self.embedding(x).tanh())
@@ -522,6 +525,8 @@ def test_embeddings_renormed_in_the_forward_pass():
 
     run = Run(module, [optimizer], iterate)
     seen = record_updates(run)
-    with run.attach("memory://renormed", max_to_keep=None):
+    with run.attach(f"memory://renormed-{tied}", max_to_keep=None):
         run.train(0, 4)
-    assert_stored("memory://renormed", seen)
+    for state in seen.values() if tied else ():
+        state["params"]["head.weight"] = state["params"]["embedding.weight"]
+    assert_stored(f"memory://renormed-{tied}", seen)

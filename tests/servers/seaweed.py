@@ -97,8 +97,8 @@ class SeaweedServer:
 
     def _start(self, weed: str) -> None:
         names = ("s3", "master", "volume", "filer")
-        http, grpc = free_ports(len(names)), free_ports(len(names))
-        self.url = f"http://127.0.0.1:{http[0]}"
+        ports = free_ports(2 * len(names))
+        self.url = f"http://127.0.0.1:{ports[0]}"
         identity = {
             "name": _USER,
             "credentials": [{"accessKey": _USER, "secretKey": _SECRET}],
@@ -120,7 +120,7 @@ class SeaweedServer:
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
         ]
-        for name, port, grpc_port in zip(names, http, grpc, strict=True):
+        for name, port, grpc_port in zip(names, ports, ports[len(names) :], strict=False):
             command += [f"-{name}.port={port}", f"-{name}.port.grpc={grpc_port}"]
         command += [f"-{n}.localSocket={self._directory / n}.sock" for n in ("s3", "filer")]
         with self._log.open("wb") as log:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
+from contextlib import suppress
+
+_NOT_GIVEN = range(20_000, 32_768)
+_random = random.SystemRandom()  # tests that run side by side may have the same seed
 
 
 def reset_on_close(connection: socket.socket) -> None:
@@ -12,9 +17,14 @@ def reset_on_close(connection: socket.socket) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 on which nothing listens yet."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports of 127.0.0.1 on which nothing listens, and which the system gives to nobody by itself.
+
+    Those that it gives (to whoever binds port 0, to connections) may be gone before they are used.
+    """
+    found: list[int] = []
+    for port in _random.sample(_NOT_GIVEN, len(_NOT_GIVEN)):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"there are no {count} free ports")

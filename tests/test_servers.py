@@ -42,6 +42,14 @@ CHUNK = 256 << 10
 DIGITS = b"0123456789"
 
 
+def wait_until_gone(url: str) -> None:
+    with pytest.raises(ConnectionError):
+        while True:
+            with suppress(http.client.IncompleteRead):  # it may end amid an answer
+                send(url, "GET", "/")
+            time.sleep(0.05)
+
+
 @dataclass
 class Answer:
     status: int
@@ -877,11 +885,7 @@ class TestS3Server:
             [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
         )
         assert ran.returncode == -signal.SIGKILL
-        with pytest.raises(ConnectionError):
-            while True:
-                with suppress(http.client.IncompleteRead):  # it may end amid an answer
-                    send(ran.stdout.strip(), "GET", "/")
-                time.sleep(0.05)
+        wait_until_gone(ran.stdout.strip())
 
     def test_says_what_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -924,11 +928,7 @@ class TestSeaweed:
         if "is missing" in ran.stderr:
             pytest.skip(ran.stderr)
         assert ran.returncode == -signal.SIGKILL
-        with pytest.raises(ConnectionError):
-            while True:
-                with suppress(http.client.IncompleteRead):  # it may end amid an answer
-                    send(ran.stdout.strip(), "GET", "/")
-                time.sleep(0.05)
+        wait_until_gone(ran.stdout.strip())
 
     def test_says_what_is_missing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr("shutil.which", lambda name, path: None)

@@ -17,3 +17,9 @@ def s3_url(server: S3Server | SeaweedServer, prefix: str = "runs/a", **options: 
 def gs_url(server: GcsServer, prefix: str = "runs/a", **options: object) -> str:
     query = "&".join(f"{name}={value}" for name, value in options.items())
     return f"gs://{server.bucket}/{prefix}?{query}"
+
+
+def address(url: str) -> tuple[str, int]:
+    """Where a server listens."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    return host, int(port)

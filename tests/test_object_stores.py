@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from object_urls import gs_url, s3_url
+from object_urls import address, gs_url, s3_url
 from servers.gcs import TOKEN, GcsServer
 from servers.proxy import HttpProxy, Proxy
 from servers.s3 import S3Server
@@ -37,11 +37,6 @@ SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drivers, "FIRST_RETRY_DELAY_S", 0.01)
     monkeypatch.setattr(drivers, "LONGEST_RETRY_DELAY_S", 0.02)
-
-
-def address(url: str) -> tuple[str, int]:
-    host, _, port = url.removeprefix("http://").partition(":")
-    return host, int(port)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from crash_oracle import same
 from kill_writer import known_state, restored
 from memory_store import MemoryStore
-from object_urls import gs_url, s3_url
+from object_urls import address, gs_url, s3_url
 from sample_run import STEPS, state_at, write_run
 from servers.gcs import Fault, GcsServer
 from servers.gcs_requests import Request
@@ -41,11 +41,6 @@ from asymcheck.stores.base import Guarantees
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drivers, "FIRST_RETRY_DELAY_S", 0.01)
     monkeypatch.setattr(drivers, "LONGEST_RETRY_DELAY_S", 0.02)
-
-
-def address(url: str) -> tuple[str, int]:
-    host, _, port = url.removeprefix("http://").partition(":")
-    return host, int(port)
 
 
 @pytest.fixture(params=["gcs", "s3", "seaweed"])

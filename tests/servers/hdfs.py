@@ -14,13 +14,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.request import urlopen
 
 from servers.hdfs_install import class_path, missing
+from servers.processes import Starter
 from servers.sockets import free_ports
 
 SERVERS = "org.apache.hadoop.hdfs.server"
@@ -59,7 +59,7 @@ class HdfsCluster:
         self._n_datanodes = datanodes
         self._rpc_port, self._http_port = free_ports(2)
         self._servers: dict[str, subprocess.Popen[bytes]] = {}
-        self._starter = ThreadPoolExecutor(1)  # the thread that the servers end with
+        self._starter = Starter()
         (self._directory / "log").mkdir(parents=True)
         self._configure("namenode", settings or {})
         for index in range(datanodes):
@@ -104,7 +104,7 @@ class HdfsCluster:
         """End all servers."""
         for name in list(self._servers):
             self._kill(name)
-        self._starter.shutdown()
+        self._starter.close()
 
     def start_namenode(self, wait: bool = True) -> None:
         """Start it; with `wait`, until it has left safe mode."""
@@ -248,15 +248,8 @@ class HdfsCluster:
         ]
 
     def _start(self, name: str, main_class: str) -> None:
-        log = (self._directory / "log" / name).open("ab")
-        with log:
-            self._servers[name] = self._starter.submit(
-                subprocess.Popen,
-                ["setpriv", "--pdeathsig", "KILL", *self._command(name, main_class)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            ).result()
+        log = self._directory / "log" / name
+        self._servers[name] = self._starter.start(self._command(name, main_class), log)
 
     def _kill(self, name: str) -> None:
         server = self._servers.pop(name)

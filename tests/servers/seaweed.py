@@ -10,13 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from servers.processes import Starter
 from servers.s3 import MissingServerError
 from servers.sockets import free_ports
 
@@ -51,7 +51,7 @@ class SeaweedServer:
         self.bucket = ""
         self._directory = directory.resolve()
         self._numbers = itertools.count(1)
-        self._starter = ThreadPoolExecutor(1)  # the thread that the server ends with
+        self._starter = Starter()
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -123,14 +123,7 @@ class SeaweedServer:
         for name, port, grpc_port in zip(names, ports, ports[len(names) :], strict=False):
             command += [f"-{name}.port={port}", f"-{name}.port.grpc={grpc_port}"]
         command += [f"-{n}.localSocket={self._directory / n}.sock" for n in ("s3", "filer")]
-        with self._log.open("wb") as log:
-            self._process = self._starter.submit(
-                subprocess.Popen,
-                ["setpriv", "--pdeathsig", "KILL", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            ).result()
+        self._process = self._starter.start(command, self._log)
 
     @property
     def _log(self) -> Path:
@@ -157,4 +150,4 @@ class SeaweedServer:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._starter.shutdown()
+        self._starter.close()

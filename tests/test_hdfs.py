@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -35,6 +37,7 @@ from asymcheck.stores.hdfs_client import Deadline
 from asymcheck.stores.hdfs_rpc import RpcClient, hadoop_error
 from asymcheck.stores.temporaries import FOREIGN_MAX_AGE_S, temporary_name
 from asymcheck.stores.urls import remote_place
+from asymcheck.stores.webhdfs import PIECE_NBYTES, WAKING_NBYTES
 from asymcheck.testing import StoreContract
 
 SCHEMES = ["hdfs", "webhdfs"]
@@ -402,10 +405,38 @@ class TestBoundedCalls:
         calls.close()
 
 
-class Gateway(BaseHTTPRequestHandler):
-    """Stands in for HttpFS, whose jars are not at hand: passes on all but the rename options."""
+class StandIn(BaseHTTPRequestHandler):
+    """Plays a server of WebHDFS that is not at hand."""
 
     protocol_version = "HTTP/1.1"
+
+    def answer(self, status: int, content: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def served_by(handler: type[StandIn], options: str = "") -> Iterator[Store]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = open_store(f"webhdfs://127.0.0.1:{server.server_port}/runs{options}")
+        try:
+            yield store
+        finally:
+            server.shutdown()
+            store.close()
+
+
+class Gateway(StandIn):
+    """HttpFS, whose jars are not at hand: passes on all but the options of renames."""
+
     namenode: str
 
     def pass_on(self) -> None:
@@ -414,30 +445,55 @@ class Gateway(BaseHTTPRequestHandler):
         answer = requests.request(
             self.command, f"{self.namenode}{parts.path}?{query}", allow_redirects=False
         )
-        self.send_response(answer.status_code)
-        for name in set(answer.headers) & {"Location", "Content-Type"}:
-            self.send_header(name, answer.headers[name])
-        self.send_header("Content-Length", str(len(answer.content)))
-        self.end_headers()
-        self.wfile.write(answer.content)
+        passed = set(answer.headers) & {"Location", "Content-Type"}
+        headers = {name: answer.headers[name] for name in passed}
+        self.answer(answer.status_code, answer.content, **headers)
 
     do_GET = do_PUT = do_DELETE = pass_on
 
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
 
-
-def test_a_gateway_that_drops_the_options_of_renames_is_refused(
-    hdfs_cluster: HdfsCluster, hdfs_path: str
-) -> None:
+def test_a_gateway_that_drops_the_options_of_renames_is_refused(hdfs_cluster: HdfsCluster) -> None:
     Gateway.namenode = f"http://127.0.0.1:{hdfs_cluster.http_port}"
-    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        store = open_store(f"webhdfs://127.0.0.1:{server.server_port}{hdfs_path}")
-        try:
-            for put in (store.put, store.put_if_absent):
-                with pytest.raises(StoreError, match="renameoptions"):
-                    put("a", memoryview(b"x"))
-        finally:
-            server.shutdown()
-            store.close()
+    with served_by(Gateway) as store:
+        for put in (store.put, store.put_if_absent):
+            with pytest.raises(StoreError, match="renameoptions"):
+                put("a", memoryview(b"x"))
+
+
+class KeepsConnections(StandIn):
+    """A DataNode behind a proxy that leaves connections open: nothing follows the last byte."""
+
+    content: bytes
+    kept: bytes
+
+    def do_GET(self) -> None:
+        parameters = dict(parse_qsl(urlsplit(self.path).query))
+        if parameters["op"] == "GETFILESTATUS":
+            status = {"type": "FILE", "length": len(self.content), "modificationTime": 0}
+            self.answer(200, json.dumps({"FileStatus": status}).encode())
+        elif "datanode" in parameters:
+            self.answer(200, self.kept)
+        else:
+            here = f"http://{self.headers['Host']}"
+            self.answer(307, b"", Location=f"{here}{self.path}&datanode=1")
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 2])
+@pytest.mark.parametrize("more", [-1, 0, 1, WAKING_NBYTES - 1, WAKING_NBYTES, WAKING_NBYTES + 1])
+def test_no_read_waits_for_more_than_there_is(pieces: int, more: int) -> None:
+    nbytes = max(0, pieces * PIECE_NBYTES + more)
+    KeepsConnections.content = KeepsConnections.kept = os.urandom(nbytes)
+    with served_by(KeepsConnections, "?retries=0&timeout_s=8") as store:
+        found = bytearray(nbytes)
+        store.get_range("a", 0, memoryview(found))
+        assert found == KeepsConnections.content
+
+
+@pytest.mark.parametrize("kept", [0, 1, PIECE_NBYTES])
+def test_a_body_that_is_too_short_is_an_error(kept: int) -> None:
+    KeepsConnections.content, KeepsConnections.kept = bytes(2 * PIECE_NBYTES), bytes(kept)
+    with (
+        served_by(KeepsConnections, "?retries=0&timeout_s=8") as store,
+        pytest.raises(StoreUnavailableError, match=f"only {kept} of"),
+    ):
+        store.get_range("a", 0, memoryview(bytearray(2 * PIECE_NBYTES)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import socket
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,8 @@ from asymcheck.stores.urls import RemotePlace
 
 DEFAULT_PORT = 9870
 LONGEST_SILENCE_S = 60.0
-PIECE_NBYTES = 1 << 20
+PIECE_NBYTES = 4 << 20
+WAKING_NBYTES = 1 << 20
 
 _DATANODES = 4  # to try, one after the other
 
@@ -120,12 +122,12 @@ class WebHdfsClient:
         request = {"op": "OPEN", "offset": offset, "length": len(out)}
         with self._datanode("GET", path, deadline, self._silence_s, request) as content:
             filled = 0
-            while filled < len(out):
-                deadline.remaining_s()
-                nbytes = content.raw.readinto(out[filled : filled + PIECE_NBYTES])
-                if nbytes == 0:
-                    raise HadoopError(UNREACHABLE, f"only {filled} of {len(out)} bytes came")
-                filled += nbytes
+            coming = min(len(out), content.raw.length_remaining or 0)
+            rarely = coming - PIECE_NBYTES - WAKING_NBYTES  # enough follows a piece up to there
+            if rarely > 0:
+                with _waking_rarely(content.raw.fileno()):
+                    filled = _receive(content.raw, out, 0, rarely, deadline)
+            _receive(content.raw, out, filled, len(out), deadline)
 
     def _namenode(
         self, method: str, path: str, deadline: Deadline, **parameters: str | int
@@ -203,6 +205,33 @@ class WebHdfsReader:
         """See `Reader`."""
         if out:
             self._client.read_into(self._path, offset, out, deadline)
+
+
+@contextmanager
+def _waking_rarely(fileno: int) -> Generator[None]:
+    """Wakes whoever reads from a socket only when so many bytes are there (SO_RCVLOWAT).
+
+    A DataNode sends pieces of some 12 KiB; a thread that wakes for each spends most of its
+    processor's time on that. Less than so many bytes, in the end, would be waited for in vain.
+    """
+    with socket.socket(fileno=os.dup(fileno)) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WAKING_NBYTES)
+        try:
+            yield
+        finally:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+
+def _receive(content: Any, out: memoryview, begin: int, end: int, deadline: Deadline) -> int:
+    """Fill `out` from `begin` by pieces, until `end` or a little beyond; where that is."""
+    filled = begin
+    while filled < end:
+        deadline.remaining_s()
+        nbytes = content.readinto(out[filled : filled + PIECE_NBYTES])
+        if nbytes == 0:
+            raise HadoopError(UNREACHABLE, f"only {filled} of {len(out)} bytes came")
+        filled += nbytes
+    return filled
 
 
 def _address(place: RemotePlace) -> tuple[str, int]:

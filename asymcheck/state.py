@@ -189,8 +189,7 @@ class StateAdapter(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ArraySource:
+class ArraySource(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A NumPy array (whole leaf, row-major) as a source."""
 
     leaf: LeafSpec

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -60,7 +61,7 @@ def planned(view: StateView, windows: Any = ONE_WINDOW, max_unit_nbytes: int = 1
 def owned_by(view: StateView, writer: int, writers: int) -> StateView:
     """The view with every leaf split over writers."""
     sources = [
-        replace(s, owned=owned_range(s.leaf.size, writer, writers))
+        msgspec.structs.replace(s, owned=owned_range(s.leaf.size, writer, writers))
         for s in view.sources
         if isinstance(s, ArraySource)
     ]

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from asymcheck import Checkpointer
@@ -23,7 +24,7 @@ def split_view(state: Any, writer: int, writers: int) -> StateView:
     sources = [
         source
         if source.leaf.path.startswith("ranks/")
-        else replace(source, owned=owned_range(source.leaf.size, writer, writers))
+        else msgspec.structs.replace(source, owned=owned_range(source.leaf.size, writer, writers))
         for source in view.sources
         if isinstance(source, ArraySource)
     ]

@@ -4,7 +4,8 @@ Every variant trains in processes of its own, in turn, in rounds: a few steps th
 then timed ones, all of them saved; then, in new processes, the newest checkpoint is loaded from a
 cold page cache. The last save counts for nobody, since no forward pass follows in which it could be
 copied. With `--latency-ms` every collective takes at least so much longer, slept, as over a link
-between machines (`asymcheck_torch.testing.slow_collectives`), in all variants alike.
+between machines (`asymcheck_torch.testing.slow_collectives`), in all variants alike. With
+`--write-mbps` AsymCheck's store is as slow as one behind a link that both ranks share.
 
     python benchmarks/deepspeed_zero3.py --rounds 3 --output build/deepspeed_zero3
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import subprocess
@@ -118,14 +120,19 @@ class Saver:
         if self._checkpointer is None:
             return {}
         self._checkpointer.wait()
-        stalls = list(self._checkpointer.stall_s.values())
-        self.stall_s = stalls
+        stall_s = self._checkpointer.stall_s
+        self.stall_s = list(stall_s.values())
         events = self._checkpointer.checkpointer.trace.events()
         self._checkpointer.close()
+        from traffic import flushed_nbytes
+
         from asymcheck.inspection.timeline import window_nbytes
 
         inside, all_of_them = window_nbytes(events)
-        return {"window_share": inside / max(1, all_of_them)}
+        return {
+            "window_share": inside / max(1, all_of_them),
+            "flushed_nbytes": flushed_nbytes(events, list(stall_s)[WARM_UP_STEPS:]),
+        }
 
 
 def dcp_state(engine: Any) -> dict[str, Any]:
@@ -143,6 +150,7 @@ def dcp_state(engine: Any) -> dict[str, Any]:
 
 def run_saves(args: argparse.Namespace) -> dict[str, Any]:
     import torch
+    from latency import slow_writes
 
     from asymcheck_torch.testing import slow_collectives
 
@@ -152,7 +160,7 @@ def run_saves(args: argparse.Namespace) -> dict[str, Any]:
     saver = Saver(args, engine)
     step_s: list[float] = []
     slow = slow_collectives(args.latency_ms / 1e3) if args.latency_ms else nullcontext()
-    with slow:
+    with slow, slow_writes(args.write_mbps / 2 * 1e6):
         for step in range(WARM_UP_STEPS + args.steps):
             begun_s = time.perf_counter()
             engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
@@ -204,7 +212,7 @@ def in_processes(args: argparse.Namespace, variant: str, part: str, directory: s
         port = probe.getsockname()[1]
     command = [sys.executable, __file__, "--variant", variant, "--part", part]
     command += ["--directory", directory]
-    for name in ("steps", "length", "latency_ms"):
+    for name in ("steps", "length", "latency_ms", "write_mbps"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     command += ["--small"] if args.small else []
     shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -234,21 +242,19 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 ranks = in_processes(args, variant, "saves", directory)
                 result = {"variant": variant, "round": number, "ranks": ranks}
                 if variant != "none":
-                    result["stored_nbytes"] = newest_nbytes(Path(directory), variant)
+                    result["stored_nbytes"] = stored_nbytes(Path(directory), ranks)
                     result["load"] = in_processes(args, variant, "load", directory)
             results.append(result)
             print(f"round {number + 1} {variant}", file=sys.stderr, flush=True)
     return results
 
 
-def newest_nbytes(directory: Path, variant: str) -> int:
-    """Bytes of the newest checkpoint."""
-    if variant.startswith("asymcheck"):
-        newest = max(path.name for path in (directory / "run" / "data").iterdir())
-        folder = directory / "run" / "data" / newest
-    else:
-        folder = directory / "step1"
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def stored_nbytes(directory: Path, ranks: list[dict[str, Any]]) -> float:
+    """Bytes of a checkpoint."""
+    if "flushed_nbytes" in ranks[0]:
+        return sum(rank["flushed_nbytes"] for rank in ranks)
+    files = (directory / "step1").rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def timed(result: dict[str, Any], key: str, rank: int = 0) -> list[float]:
@@ -297,6 +303,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="even: tags take turns")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--latency-ms", type=float, default=0.0, help="added to each collective")
+    parser.add_argument("--write-mbps", type=float, default=math.inf, help="of AsymCheck's store")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--small", action="store_true", help="2 M parameters, for a quick look")
     parser.add_argument("--scratch", type=Path, help="where checkpoints go (default: temporary)")

@@ -9,13 +9,16 @@ checkpoints of the same round. Medians over the rounds go into a table (Markdown
 Variants of DCP: thread and process as shipped; "shm" with shared memory and a reused stager;
 "shm-async" also stages in the background, as shipped, *without* a barrier before the update, so
 that its copy may be torn; "shm-async-barrier" waits for the staging before the update.
-"asymcheck-replay" stores the fewest bytes, whatever that takes.
+"asymcheck-replay" stores the fewest bytes, whatever that takes. With `--threads 1` training leaves
+a core to others, as it does under a GPU; with `--write-mbps` AsymCheck's store is as slow as one
+behind a link (it sleeps); those of the others stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import socket
@@ -40,8 +43,10 @@ import asymcheck_torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(1, str(Path(__file__).parent / "common"))
 from gpt2 import GPT2, SMALL, TINY
+from latency import slow_writes
 from machine import MemoryPeak, drop_caches
 from strategies import REPLAY, strategy_of
+from traffic import flushed_nbytes
 
 ASYMCHECK = ("asymcheck-naive", "asymcheck-s", "asymcheck", REPLAY)
 VARIANTS = (
@@ -175,13 +180,14 @@ class Ours(NoCheckpoints):
         self._checkpointer.wait()
         stalls = dict(self._checkpointer.stall_s)
         host = self._checkpointer.checkpointer.host_nbytes
-        self._checkpointer.close()
         saved = [step for step in timed if step % self._args.every == 0]
+        events = self._checkpointer.checkpointer.trace.events()
+        self._checkpointer.close()
         stats = stats_of(self._args.directory, saved[-1])
         return {
             "stall_s": [stalls[step] for step in saved],
             "durable_s": [stats["durable_after_s"]],
-            "stored": stats["stored_nbytes"],
+            "stored": flushed_nbytes(events, saved),
             "in_window": stats["in_window_nbytes"] / stats["raw_nbytes"],
             "host_nbytes": host,
             "codecs": sorted({d["codec"] for d in stats["decisions"]}),
@@ -196,7 +202,7 @@ def stats_of(directory: Path, step: int) -> dict[str, Any]:
 
 def build(args: argparse.Namespace) -> tuple[GPT2, torch.optim.Optimizer, Callable[[], Any]]:
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(args.threads)
     config = TINY if args.small else SMALL
     model = GPT2(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
@@ -312,7 +318,7 @@ def read_raw(files: list[Path]) -> float:
 
 def child(args: argparse.Namespace, **options: object) -> dict[str, Any]:
     command = [sys.executable, __file__]
-    for name in ("batch", "length", "steps", "max_host_bytes"):
+    for name in ("batch", "length", "steps", "max_host_bytes", "threads", "write_mbps"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if args.small:
         command.append("--small")
@@ -451,6 +457,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every-list", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--max-host-bytes", type=int, default=4 << 30)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of training")
+    parser.add_argument("--write-mbps", type=float, default=math.inf, help="of AsymCheck's store")
     parser.add_argument("--small", action="store_true", help="10 M parameters, for a quick look")
     parser.add_argument("--scratch", type=Path, help="where checkpoints go (default: temporary)")
     parser.add_argument("--output", type=Path, default=Path("build/torch_single"))
@@ -467,6 +475,7 @@ if __name__ == "__main__":
     if arguments.restore:
         run_restore(arguments)
     elif arguments.variant:
-        run_variant(arguments)
+        with slow_writes(arguments.write_mbps * 1e6):
+            run_variant(arguments)
     else:
         main(arguments)

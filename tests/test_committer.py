@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,7 +33,7 @@ from asymcheck.errors import (
 )
 from asymcheck.index import load_index
 from asymcheck.retention import collect_orphans
-from asymcheck.state import ShardSpec, StateView, numpy_view
+from asymcheck.state import LeafSource, ShardSpec, StateView, numpy_view
 
 DELTA = AsymCheck(policy=Always("delta"))
 
@@ -138,6 +139,11 @@ def test_the_reason_comes_from_the_writer_that_failed(store: MemoryStore) -> Non
         assert "quota exceeded" in str(second) and second.__cause__.message == "quota exceeded"
 
 
+def without_last(source: LeafSource) -> LeafSource:
+    start, count = source.owned
+    return msgspec.structs.replace(source, owned=(start, max(count - 1, 0)))
+
+
 def test_what_nobody_covers_is_not_committed(store: MemoryStore) -> None:
     state = state_of(5)
 
@@ -145,7 +151,7 @@ def test_what_nobody_covers_is_not_committed(store: MemoryStore) -> None:
         split = split_view(state, writer, 2)
         if writer == 0:
             return split
-        short = [replace(s, owned=(s.owned[0], max(s.owned[1] - 1, 0))) for s in split.sources]
+        short = [without_last(source) for source in split.sources]
         return replace(split, sources=tuple(short))
 
     with Writers(store, 2) as writers:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import msgspec
 from crash_oracle import LEASE_S, STRATEGIES, Oracle, Violation, check_everything, make_state
 from simulated_filesystem import SimulatedCrash
 
@@ -165,7 +166,9 @@ def share_of(state: Any, writer: int, writers: int) -> StateView:
         start, stop = size * writer // writers, size * (writer + 1) // writers
         return start, stop - start
 
-    sources = tuple(replace(source, owned=cut(source.leaf.size)) for source in view.sources)
+    sources = tuple(
+        msgspec.structs.replace(source, owned=cut(source.leaf.size)) for source in view.sources
+    )
     return replace(view, sources=sources)
 
 

@@ -1,14 +1,19 @@
-"""A store in memory that takes as long as one behind a network would: it sleeps."""
+"""Stores that take as long as one behind a network would: they sleep."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 from asymcheck.errors import ObjectNotFoundError, ObjectTooLongError, ShortReadError
 from asymcheck.stores.base import Guarantees, check_key, check_prefix
+from asymcheck.stores.local import LocalStore
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,43 @@ class Network:
     link_bytes_per_s: float = math.inf
 
 
+class Link:
+    """Is taken by one request after the other."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_s = 0.0
+
+    def arrival_s(self, nbytes: int, begun_s: float) -> float:
+        """When bytes that set out at `begun_s` will be there, on `time.monotonic`'s clock."""
+        with self._lock:
+            self._free_s = max(begun_s, self._free_s) + nbytes / self._bytes_per_s
+            return self._free_s
+
+
+@contextmanager
+def slow_writes(bytes_per_s: float) -> Iterator[None]:
+    """Every `LocalStore` of this process writes as over one link of so many bytes a second."""
+    link = Link(bytes_per_s)
+
+    def slow(put: Callable[..., Any]) -> Callable[..., Any]:
+        def slowly(store: LocalStore, key: str, data: memoryview) -> Any:
+            arrival_s = link.arrival_s(data.nbytes, time.monotonic())
+            result = put(store, key, data)
+            time.sleep(max(0.0, arrival_s - time.monotonic()))
+            return result
+
+        return slowly
+
+    names = ("put", "put_if_absent")
+    slowed = {name: slow(getattr(LocalStore, name)) for name in names}
+    with patch.multiple(LocalStore, **slowed):
+        yield
+
+
 class LatencyStore:
-    """A dictionary as a `Store`; the shared link is taken by one request after the other."""
+    """A dictionary as a `Store`."""
 
     url = "latency://"
 
@@ -33,7 +73,7 @@ class LatencyStore:
         self._network = network
         self._objects: dict[str, bytes] = {}
         self._lock = threading.Lock()
-        self._link_free_s = 0.0
+        self._link = Link(network.link_bytes_per_s)
 
     def get(self, key: str, max_nbytes: int) -> bytes:
         found = self._find(key)
@@ -92,8 +132,7 @@ class LatencyStore:
         with self._lock:
             self.requests += 1
             self.nbytes += nbytes
-            self._link_free_s = max(begun_s + network.latency_s, self._link_free_s)
-            self._link_free_s += nbytes / network.link_bytes_per_s
-            arrived_s = self._link_free_s
-        own_s = begun_s + network.latency_s + nbytes / network.stream_bytes_per_s
-        time.sleep(max(0.0, arrived_s - begun_s, own_s - begun_s))
+        there_s = begun_s + network.latency_s
+        shared_s = self._link.arrival_s(nbytes, there_s)
+        own_s = there_s + nbytes / network.stream_bytes_per_s
+        time.sleep(max(0.0, shared_s - begun_s, own_s - begun_s))

@@ -131,7 +131,7 @@ class Saver:
         inside, all_of_them = window_nbytes(events)
         return {
             "window_share": inside / max(1, all_of_them),
-            "flushed_nbytes": flushed_nbytes(events, list(stall_s)[WARM_UP_STEPS:]),
+            "flushed_nbytes": flushed_nbytes(events, list(stall_s)[self._args.warm_up_steps :]),
         }
 
 
@@ -161,7 +161,7 @@ def run_saves(args: argparse.Namespace) -> dict[str, Any]:
     step_s: list[float] = []
     slow = slow_collectives(args.latency_ms / 1e3) if args.latency_ms else nullcontext()
     with slow, slow_writes(args.write_mbps / 2 * 1e6):
-        for step in range(WARM_UP_STEPS + args.steps):
+        for step in range(args.warm_up_steps + args.steps):
             begun_s = time.perf_counter()
             engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
             engine.step()
@@ -170,7 +170,10 @@ def run_saves(args: argparse.Namespace) -> dict[str, Any]:
     result = saver.finish()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    return result | {"step_s": step_s[WARM_UP_STEPS:], "stall_s": saver.stall_s[WARM_UP_STEPS:]}
+    return result | {
+        "step_s": step_s[args.warm_up_steps :],
+        "stall_s": saver.stall_s[args.warm_up_steps :],
+    }
 
 
 def run_load(args: argparse.Namespace) -> dict[str, Any]:
@@ -196,7 +199,7 @@ def run_load(args: argparse.Namespace) -> dict[str, Any]:
         dcp.load(dcp_state(engine), checkpoint_id=args.directory / "step1")
     else:
         with asymcheck_torch.attach(engine, url=args.directory / "run") as checkpointer:
-            assert checkpointer.restore() == WARM_UP_STEPS + args.steps
+            assert checkpointer.restore() == args.warm_up_steps + args.steps
     seconds = time.perf_counter() - begun_s
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -212,7 +215,7 @@ def in_processes(args: argparse.Namespace, variant: str, part: str, directory: s
         port = probe.getsockname()[1]
     command = [sys.executable, __file__, "--variant", variant, "--part", part]
     command += ["--directory", directory]
-    for name in ("steps", "length", "latency_ms", "write_mbps"):
+    for name in ("steps", "warm_up_steps", "length", "latency_ms", "write_mbps"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     command += ["--small"] if args.small else []
     shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -301,6 +304,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="even: tags take turns")
+    parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS, help="are not timed")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--latency-ms", type=float, default=0.0, help="added to each collective")
     parser.add_argument("--write-mbps", type=float, default=math.inf, help="of AsymCheck's store")

@@ -47,3 +47,16 @@ def test_stores(tmp_path: Path, store: str) -> None:
     assert result["small"]["ours_us"] > 0
     table = (tmp_path / "stores.md").read_text()
     assert table.count(f"| {store} |") == 2
+
+
+def test_torch_single(tmp_path: Path) -> None:
+    """Behind a link on which a checkpoint takes longer than a step, and with a core left over."""
+    options = ["--small", "--rounds", "1", "--steps", "2", "--every-list", "1", "--threads", "1"]
+    options += ["--write-mbps", "400", "--variants", "none", "asymcheck-naive"]
+    found = run("torch_single.py", tmp_path / "single", *options)
+    plain, naive = found["rows"]
+    (_, ran) = found["runs"]
+    assert naive["step_ratio"] == naive["step_s"] / plain["step_s"] > 0
+    assert ran["codecs"] == ["raw"]
+    assert naive["stored_nbytes"] > 100e6  # of 10 M parameters with their moments
+    assert min(ran["durable_s"]) >= naive["stored_nbytes"] / 400e6  # no less than the link takes

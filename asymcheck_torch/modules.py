@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,53 @@ def unwrap(module: nn.Module) -> nn.Module:
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters, frozen ones too; a tied parameter appears under each of its names."""
     return dict(module.named_parameters(remove_duplicate=False))
+
+
+Places = Sequence[tuple[dict[str, Any], str, torch.Tensor | None]]
+"""Where parameters and buffers are registered, under which name, and which ones."""
+
+
+def places(module: nn.Module) -> Places:
+    """The parameters and buffers of a module and its submodules as they are registered now."""
+    return [
+        (registered, name, tensor)
+        for part in module.modules()
+        for registered in (part._parameters, part._buffers)
+        for name, tensor in registered.items()
+    ]
+
+
+@contextmanager
+def as_updated(updated: Places) -> Generator[None]:
+    """What was registered at the update, out of reach of `torch.func`'s transformations.
+
+    During a `functional_call` other tensors are in the places of the parameters; and what is
+    computed within `grad` or `vmap` belongs to that. A `Parameter` that replaces another is the
+    user's own, and stays.
+    """
+    changed = [
+        (registered, name, tensor, now)
+        for registered, name, tensor in updated
+        if (now := registered.get(name)) is not tensor and not isinstance(now, nn.Parameter)
+    ]
+    lent = changed if any(isinstance(own, nn.Parameter) for _, _, own, _ in changed) else []
+    with _outside_of_transformations():
+        try:
+            for registered, name, own, _ in lent:
+                registered[name] = own
+            yield
+        finally:
+            for registered, name, _, now in lent:
+                registered[name] = now
+
+
+def _outside_of_transformations() -> AbstractContextManager[object]:
+    interpreters: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if interpreters.peek_interpreter_stack() is None:
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
 
 
 def _submodules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -26,7 +26,15 @@ from asymcheck.strategy import Strategy
 from asymcheck_torch.collectives import observe_collectives
 from asymcheck_torch.extras import named_extras
 from asymcheck_torch.gradients import Gradients
-from asymcheck_torch.modules import changes_in_forward, is_compiled, unwrap, visible
+from asymcheck_torch.modules import (
+    Places,
+    as_updated,
+    changes_in_forward,
+    is_compiled,
+    places,
+    unwrap,
+    visible,
+)
 from asymcheck_torch.optimizers import check_optimizer
 from asymcheck_torch.parts import sharded_among
 from asymcheck_torch.restore import read_into
@@ -83,7 +91,8 @@ def attach(
     by hand between `step()` and the next forward pass (clipped, swapped with averages for an
     evaluation and back), but from there only by an attached optimizer, or after `barrier()`: a
     step of which torch counts other writes is not saved (`SaveFailedError`). Forward passes with
-    gradients switched off in eval mode are an evaluation: they begin nothing.
+    gradients switched off in eval mode are an evaluation: they begin nothing. Passes by way of
+    `torch.func`, with other weights perhaps, may come first: the module's own are stored.
 
     Extra state is anything with `state_dict()` and `load_state_dict()`, or a `torch.Generator`:
 
@@ -220,6 +229,7 @@ class TrainingCheckpointer:
         self._gradients = gradients
         self._cycle = Cycle(clock, checkpointer)
         self._due = False  # the step is to be captured, which has not begun
+        self._updated: Places = []  # by the step that is due
         self._seen_forward = False  # buffers may have changed since the update
         self._captured = -1  # the last step that was captured, restored or tried by all
         self._capture: Capture | None = None
@@ -388,7 +398,8 @@ class TrainingCheckpointer:
         if module.training or torch.is_grad_enabled():
             self._seen_forward = True
             if self._due:
-                self._begin()
+                with as_updated(self._updated):
+                    self._begin()
 
     def _on_window(self, phase: Phase) -> None:
         self._cycle.open(phase, self.step)
@@ -417,6 +428,7 @@ class TrainingCheckpointer:
         with self._failures(), self._held():
             with self.checkpointer.viewing(self.step):
                 self.state.note_update(self.step)
+            self._updated = places(self._module)
             self._due = True
 
     def _begin(self) -> None:

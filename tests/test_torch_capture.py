@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.func import functional_call, vmap  # noqa: E402
 from torch_runs import Run, copied, differences, mlp, plain_step, seed_all, simple  # noqa: E402
 
 import asymcheck_torch  # noqa: E402
@@ -184,6 +185,85 @@ def test_an_evaluation_with_swapped_weights_is_not_captured():
     with run.attach("memory://swap", max_to_keep=None):
         run.train(0, 4)
     assert_stored("memory://swap", seen)
+
+
+def lent_call(module, x):
+    """A pass with weights and buffers that are not the module's own."""
+    lent = {n: torch.full_like(t, 7.0) for n, t in [*params_of(module), *module.named_buffers()]}
+    return functional_call(module, lent, (x,))
+
+
+def lent_weights_call(module, x):
+    return functional_call(module, {n: p.detach() * 2 for n, p in params_of(module)}, (x,))
+
+
+def gradient_by_weights(module, x):
+    weights = {n: p.detach() for n, p in params_of(module)}
+    return torch.func.grad(lambda w: functional_call(module, w, (x,)).sum())(weights)
+
+
+def gradient_by_input(module, x):
+    """As of networks that solve differential equations."""
+    return vmap(torch.func.grad(lambda row: module(row).sum()))(x)
+
+
+def ensemble(module, x):
+    stacked = {n: torch.stack([p.detach(), -p.detach()]) for n, p in params_of(module)}
+    return vmap(lambda w: functional_call(module, w, (x,)))(stacked)
+
+
+def params_of(module):
+    return list(module.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "make"),
+    [
+        (lent_call, lambda: Hostile(50)),
+        (lent_weights_call, lambda: Hostile(50)),
+        (gradient_by_weights, mlp),
+        (gradient_by_input, mlp),
+        (ensemble, mlp),
+    ],
+)
+def test_functional_passes_neither_disturb_nor_are_disturbed(call, make):
+    """Whatever stands in for the weights, those after the update are captured, and at once."""
+    seed_all(5)
+    module = make()
+    width = next(module.parameters()).shape[1]
+    optimizer = torch.optim.Adam(module.parameters())
+    begun = []
+
+    def iterate(_i):
+        call(module, torch.randn(6, width))
+        begun.append(checkpointer._capture is not None)
+        assert all(isinstance(p, nn.Parameter) for p in module.parameters())
+        loss = module(torch.randn(6, width)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    run = Run(module, [optimizer], iterate)
+    seen = record_updates(run)
+    name = call.__name__
+    with run.attach(f"memory://{name}", max_to_keep=None) as checkpointer:
+        run.train(0, 4)
+    assert_stored(f"memory://{name}", seen)
+    assert begun == [False, True, True, True]  # before the first update there is nothing
+
+
+def test_a_parameter_that_replaces_another_is_captured():
+    module = mlp()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    with asymcheck_torch.attach(module, optimizer, url="memory://replaced") as checkpointer:
+        plain_step(module, optimizer)
+        name, old = params_of(module)[0]
+        new = nn.Parameter(torch.full_like(old, 3.0))
+        module.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]] = new
+        module(torch.randn(3, 12))
+        checkpointer.wait()
+    assert torch.equal(asymcheck_torch.load("memory://replaced", 1)["params"][name], new)
 
 
 def test_weights_clipped_after_the_update_are_what_is_captured():

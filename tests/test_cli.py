@@ -279,7 +279,7 @@ def test_verify_finds_wrong_lengths(call: Call, run: Path, nbytes: int) -> None:
 
 @pytest.mark.parametrize("kind", ["manifest", "pack", "commit"])
 def test_verify_finds_what_is_missing(call: Call, run: Path, kind: str) -> None:
-    path = run / commit_key(20) if kind == "commit" else next(run.glob(f"data/*20-*/*.{kind}"))
+    path = run / commit_key(20) if kind == "commit" else next(run.glob(f"data/{20:016}-*/*.{kind}"))
     path.unlink()
     code, out, _ = call("verify", run, "--step=30")
     assert code == 1
@@ -592,7 +592,7 @@ def test_stats_draws_the_run(call: Call, shared_run: Path, tmp_path: Path) -> No
 
 
 def test_stats_of_a_damaged_step(call: Call, run: Path) -> None:
-    next(run.glob("data/*20-*/*.manifest")).unlink()
+    next(run.glob(f"data/{20:016}-*/*.manifest")).unlink()
     code, out, _ = call("stats", run)
     assert code == 1
     assert "step 20: a manifest is missing" in out

@@ -220,7 +220,7 @@ def test_the_reader_of_the_specification_reads_all_leaves(
         assert found.tobytes() == np.asarray(expected).tobytes()
     with pytest.raises(AssertionError, match="no such leaf"):
         read(Path("runs/a"), 20, "params/none")
-    pack = next(Path("runs/a/data").glob("*20-*/*.pack"))
+    pack = next(Path("runs/a/data").glob(f"{20:016}-*/*.pack"))
     pack.write_bytes(bytes(pack.stat().st_size))
     with pytest.raises(AssertionError):
         read(Path("runs/a"), 20, "params/weight")

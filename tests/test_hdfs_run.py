@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from kill_writer import known_state, restored
+from reading_in_place import check_that_only_what_is_asked_for_is_read
 from servers.hdfs import HdfsCluster
 from test_hdfs import SCHEMES, url_of
 from test_kill import finish, kill_again_and_again
@@ -26,6 +27,13 @@ def test_writers_killed_at_any_moment_for_long(hdfs_cluster: HdfsCluster, hdfs_p
     url = url_of(hdfs_cluster, "hdfs", hdfs_path)
     acknowledged = kill_again_and_again(url, seed=1, kills=30, strategy="delta")
     finish(url, acknowledged, 30, "delta")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_only_what_is_asked_for_is_read(
+    hdfs_cluster: HdfsCluster, hdfs_path: str, scheme: str
+) -> None:
+    check_that_only_what_is_asked_for_is_read(url_of(hdfs_cluster, scheme, hdfs_path))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

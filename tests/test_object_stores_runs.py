@@ -14,6 +14,7 @@ from crash_oracle import same
 from kill_writer import known_state, restored
 from memory_store import MemoryStore
 from object_urls import address, gs_url, s3_url
+from reading_in_place import check_that_only_what_is_asked_for_is_read
 from sample_run import STEPS, state_at, write_run
 from servers.gcs import Fault, GcsServer
 from servers.gcs_requests import Request
@@ -61,6 +62,9 @@ class TestRuns:
             weight = state_at(STEPS[1])["params"]["weight"]
             assert np.array_equal(checkpoint["params/weight"][3:5, ::2], weight[3:5, ::2])
             checkpoint.verify()
+
+    def test_only_what_is_asked_for_is_read(self, url: str) -> None:
+        check_that_only_what_is_asked_for_is_read(url)
 
     def test_nothing_is_left_beside_the_steps(self, url: str) -> None:
         write_run(url, max_to_keep=1, max_chain=0)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_store import MemoryStore
+from reading_in_place import check_that_only_what_is_asked_for_is_read
 from states import arrays, bits, drifted, same, states, training_state
 from test_reshard import SHAPES, boxes_in, tilings
 from writers import BoxSource, Writers
@@ -127,6 +128,10 @@ def test_reads_only_what_it_needs(store: MemoryStore) -> None:
     assert store.read_nbytes == 0
     checkpoint["w"][...]
     assert store.read_nbytes == 8_000_000
+
+
+def test_reads_only_what_it_needs_of_files(tmp_path: Path) -> None:
+    check_that_only_what_is_asked_for_is_read(str(tmp_path / "run"))
 
 
 def test_opening_touches_no_pack(store: MemoryStore) -> None:

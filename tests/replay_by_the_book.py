@@ -26,9 +26,18 @@ def planes(payload: bytes, width: int, n: int) -> Words:
         if mode == 1:
             body = zstandard.ZstdDecompressor().decompress(body, n)
         plane = np.full(n, body[0], np.uint8) if mode == 2 else np.frombuffer(body, np.uint8)
+        if mode == 3:
+            plane = seven_bits(plane, n)
         words |= plane.astype(np.uint64) << np.uint64(8 * k)
     assert begin == len(payload)
     return words.astype(f"<u{width}")
+
+
+def seven_bits(body: Words, n: int) -> Words:
+    """9.3, mode 3."""
+    m = n // 8
+    spread = [sum((int(body[k * m + i]) >> 7) << k for k in range(7)) for i in range(m)]
+    return np.concatenate([body[: 7 * m] & 127, np.array(spread, np.uint8), body[7 * m :]])
 
 
 def difference(payload: bytes, old: Words) -> Words:

@@ -192,7 +192,10 @@ HOSTILE = {
     "plane: huge raw plane": (PlaneCodec(), plane_payload(*[(0, 1 << 60)] * 4)),
     "plane: huge zstd plane": (PlaneCodec(), plane_payload(*[(1, 1 << 60)] * 4)),
     "plane: long constant": (PlaneCodec(), plane_payload(*[(2, 100)] * 4, body=bytes(400))),
-    "plane: unknown mode": (PlaneCodec(), plane_payload(*[(3, 100)] * 4, body=bytes(400))),
+    "plane: unknown mode": (PlaneCodec(), plane_payload(*[(4, 100)] * 4, body=bytes(400))),
+    "plane: long seven bits": (PlaneCodec(), plane_payload(*[(3, 89)] * 4, body=bytes(356))),
+    "plane: short seven bits": (PlaneCodec(), plane_payload(*[(3, 87)] * 4, body=bytes(348))),
+    "plane: seven bits for all": (PlaneCodec(), plane_payload(*[(3, 100)] * 4, body=bytes(400))),
     "plane: unknown width": (PlaneCodec(), plane_payload(*[(0, 100)] * 5, body=bytes(500))),
     "plane: empty": (PlaneCodec(), b""),
     "plane: floats of 8 bytes": (PlaneCodec(), b"\x88" + plane_payload(*[(0, 50)] * 8)[1:]),
@@ -356,4 +359,4 @@ def test_window_of_every_level_is_within_what_decoders_allow():
     for level in (1, 3, 9, 19, _zstd.MAX_LEVEL):
         for nbytes in (1, 255, 1024, 1025, data.size):
             frame = _zstd.compress(data[:nbytes].data, _zstd.at_level(level))
-            assert _zstd.decompress(memoryview(frame), nbytes) == data[:nbytes].tobytes()
+            assert _zstd.decompress(memoryview(frame), nbytes).tobytes() == data[:nbytes].tobytes()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from asymcheck.codecs import _huffman_numba
 from asymcheck.codecs.kernels import COMPILING, Bytes, Floats, Formula, Words, float_masks
 
 _numba: Any = importlib.import_module("numba")  # has no types
@@ -32,8 +33,8 @@ def _array(dtype: Any, *, readonly: bool) -> Any:
     )
 
 
-def _compile(loop: Loop, *argument_types: Any) -> Loop:
-    signature = _numba.void(*argument_types)
+def _compile(loop: Callable[..., Any], *argument_types: Any, returns: Any = _numba.void) -> Any:
+    signature = returns(*argument_types)
     options = {"nogil": True, "error_model": "numpy"}
     begun_s = time.perf_counter()
     try:
@@ -212,6 +213,19 @@ def _unfold() -> Loop:
     )
 
 
+@functools.cache
+def _decode_literals() -> Callable[..., bool]:
+    return _compile(
+        _huffman_numba.decode,
+        _array(np.uint8, readonly=True),
+        _numba.int64,
+        _numba.int64,
+        _array(np.uint8, readonly=False),
+        _numba.int64,
+        returns=_numba.boolean,
+    )
+
+
 class NumbaKernels:
     """`Kernels` in numba."""
 
@@ -258,3 +272,10 @@ class NumbaKernels:
     def unfold(self, folded: Words, shift: int, words: Words) -> None:
         """See `Kernels.unfold`."""
         _unfold()(folded, np.uint32(shift), words)
+
+    def decode_literals(
+        self, frame: Bytes, begin: int, max_block_bytes: int, content: Bytes
+    ) -> bool:
+        """See `Kernels.decode_literals`."""
+        lookups = _huffman_numba.LOOKUPS
+        return _decode_literals()(frame, begin, max_block_bytes, content, lookups)

@@ -123,3 +123,9 @@ class NumpyKernels:
             x = folded[block]
             magnitude = (x >> np.uint32(1)) << np.uint32(shift)
             words[block] = magnitude | ((x & np.uint32(1)) << np.uint32(31))
+
+    def decode_literals(
+        self, frame: Bytes, begin: int, max_block_bytes: int, content: Bytes
+    ) -> bool:
+        """See `Kernels.decode_literals`; bit by bit is nothing for NumPy."""
+        return False

@@ -1,7 +1,8 @@
 """The one place that calls the zstd libraries: bytes to one frame, one frame to bytes.
 
 Frames are coded by `compression.zstd` (`backports.zstd` before Python 3.14), the binding that
-reaches the literal compression mode, and decoded by `zstandard`, the faster decoder. Contexts
+reaches the literal compression mode, and decoded by our own kernel if they are Huffman codes alone,
+else by `zstandard`, the faster decoder of the two. Contexts
 are kept per thread: to set one up costs more than to code a small plane.
 """
 
@@ -10,8 +11,10 @@ from __future__ import annotations
 import sys
 import threading
 
+import numpy as np
 import zstandard
 
+from asymcheck.codecs.kernels import Bytes, kernels
 from asymcheck.errors import CodecError
 
 if sys.version_info >= (3, 14):
@@ -24,6 +27,8 @@ Preset = tuple[tuple[int, int], ...]
 
 _LITERAL_COMPRESSION_MODE = 1002  # ZSTD_c_literalCompressionMode, not named by the bindings
 _ALWAYS_HUFFMAN = 1
+_MAX_BLOCK_BYTES = 1 << 17
+_MAX_LITERAL_BITS = 5  # a byte; beyond, zstd is as fast
 
 MAX_LEVEL = CompressionParameter.compression_level.bounds()[1]
 
@@ -59,7 +64,7 @@ def compress(data: memoryview, preset: Preset) -> bytes:
     return compressor.compress(data, mode=ZstdCompressor.FLUSH_FRAME)
 
 
-def decompress(frame: memoryview, nbytes: int) -> bytes:
+def decompress(frame: memoryview, nbytes: int) -> Bytes:
     """The content of `frame`, which must be a single frame of exactly `nbytes` > 0 bytes.
 
     Raises:
@@ -67,17 +72,32 @@ def decompress(frame: memoryview, nbytes: int) -> bytes:
             memory is allocated.
     """
     try:
-        _check_declared(frame, nbytes)
-        content = _contexts.decompressor.decompress(frame, nbytes, allow_extra_data=False)
+        declared = zstandard.get_frame_parameters(frame)
+        _check_declared(declared, nbytes)
+        content = _decode_literals(frame, declared)
+        if content is None:
+            whole = _contexts.decompressor.decompress(frame, nbytes, allow_extra_data=False)
+            content = np.frombuffer(whole, np.uint8)
     except zstandard.ZstdError as error:
         raise CodecError(f"not a zstd frame: {error}") from error
-    if len(content) != nbytes:  # compiled kernels would read past its end
-        raise CodecError("zstd frame of a wrong length", expected=nbytes, found=len(content))
+    if content.size != nbytes:  # compiled kernels would read past its end
+        raise CodecError("zstd frame of a wrong length", expected=nbytes, found=content.size)
     return content
 
 
-def _check_declared(frame: memoryview, nbytes: int) -> None:
-    declared = zstandard.get_frame_parameters(frame)
+def _decode_literals(frame: memoryview, declared: zstandard.FrameParameters) -> Bytes | None:
+    """The content by our own decoder, where that is faster and knows the kinds of the blocks."""
+    nbytes = declared.content_size
+    if declared.has_checksum or declared.dict_id or 8 * frame.nbytes > _MAX_LITERAL_BITS * nbytes:
+        return None
+    begin = zstandard.frame_header_size(frame)
+    max_block_bytes = min(declared.window_size, _MAX_BLOCK_BYTES)
+    content = np.empty(nbytes, np.uint8)
+    data = np.frombuffer(frame, np.uint8)
+    return content if kernels().decode_literals(data, begin, max_block_bytes, content) else None
+
+
+def _check_declared(declared: zstandard.FrameParameters, nbytes: int) -> None:
     if declared.content_size != nbytes:
         raise CodecError(
             "zstd frame declares another content size",

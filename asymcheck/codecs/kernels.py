@@ -93,6 +93,14 @@ class Kernels(Protocol):
         """Inverse of `fold`; the low bits become zero. May work in place."""
         ...
 
+    def decode_literals(
+        self, frame: Bytes, begin: int, max_block_bytes: int, content: Bytes
+    ) -> bool:
+        """Fill `content` from a zstd frame whose blocks, from `begin` on, are all of the kinds that
+        `_zstd.HUFFMAN` makes. False if they are not, or this is not implemented: `content` is then
+        anything."""
+        ...
+
 
 class Compiling(threading.local):
     """What this thread has spent on compiling kernels, waiting for others that do, and loading.

@@ -18,6 +18,11 @@ Layout, integers little-endian:
 | 0 raw | the plane | n |
 | 1 zstd | a zstd frame that declares n bytes of content and a window of at most n | 1 to n−1 |
 | 2 constant | the byte that the whole plane consists of; n > 0 | 1 |
+| 3 seven bits | bytes below 128, an eighth of them in the top bits of the others; n > 7 | n − m |
+
+Mode 3, with m = ⌊n/8⌋: bytes 0 to 7m−1 of the plane, bit k of byte 7m + i in the top bit of byte
+km + i for k = 0 … 6 and i = 0 … m−1; then bytes 8m to n−1 of the plane. So the sign of what is
+never negative, such as second moments, costs nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +37,8 @@ from asymcheck.codecs import _zstd
 from asymcheck.codecs.kernels import Bytes, Words, kernels
 from asymcheck.errors import CodecError
 
-_RAW, _ZSTD, _CONSTANT = range(3)
+_RAW, _ZSTD, _CONSTANT, _SEVEN_BITS = range(4)
+_TOP_BIT = 128
 _FLOATS = 128
 _PLANE = struct.Struct("<BQ")
 
@@ -119,29 +125,50 @@ def _code_planes(out: Bytes, width: int, n: int) -> int:
     """Write the header of `out` and replace its planes by their bodies; the end of the last."""
     header = _header_bytes(width)
     out[0] = width
-    presets = _presets(out[header:].reshape(width, n))
+    planes = out[header:].reshape(width, n)
+    choices = list(map(_choose, planes, _samples(planes)))
     end = header
-    for k, preset in enumerate(presets):
-        plane = out[header + k * n : header + (k + 1) * n]
-        mode, body = _body(plane, preset)
+    for k, (plane, choice) in enumerate(zip(planes, choices, strict=True)):
+        mode, body = _body(plane, *choice)
         out[end : end + body.size] = body  # never past the plane's own place
         _PLANE.pack_into(out.data, 1 + k * _PLANE.size, mode, body.size)
         end += body.size
     return end
 
 
-def _body(plane: Bytes, preset: _zstd.Preset | None) -> tuple[int, Bytes]:
-    if preset is None:
-        return _RAW, plane
-    if (plane == plane[0]).all():
-        return _CONSTANT, plane[:1]
+def _body(plane: Bytes, mode: int, preset: _zstd.Preset) -> tuple[int, Bytes]:
+    """The mode that it is in the end, and the body; `plane` may be overwritten."""
+    if mode == _SEVEN_BITS:
+        return mode, _pack(plane)
+    if mode != _ZSTD:
+        return mode, plane[:1] if mode == _CONSTANT else plane
     frame = np.frombuffer(_zstd.compress(plane.data, preset), np.uint8)
     return (_ZSTD, frame) if frame.size < plane.size else (_RAW, plane)
 
 
-def _presets(planes: NDArray[np.uint8]) -> list[_zstd.Preset | None]:
-    """How to code each row of `planes`, found by coding a sample of it; None is raw."""
-    return [_preset(sample) for sample in _samples(planes)]
+def _pack(plane: Bytes) -> Bytes:
+    """In place: the last eighth of the bytes, bit by bit, into the top bits of the others."""
+    eighth = plane.size >> 3
+    shifted = plane[7 * eighth : 8 * eighth].copy()
+    for row in reversed(plane[: 7 * eighth].reshape(7, eighth)):
+        shifted += shifted  # bit 6 is the first to arrive at the top
+        row |= shifted & _TOP_BIT
+    plane[7 * eighth : -eighth] = plane[8 * eighth :]
+    return plane[:-eighth]
+
+
+def _unpack(body: Bytes, n: int) -> Bytes:
+    """Inverse of `_pack`, elsewhere."""
+    eighth = n >> 3
+    rows = body[: 7 * eighth].reshape(7, eighth)
+    plane = np.empty(n, np.uint8)
+    np.bitwise_and(body[: 7 * eighth], _TOP_BIT - 1, out=plane[: 7 * eighth])
+    spread = plane[7 * eighth : 8 * eighth]
+    spread[:] = 0
+    for k, row in enumerate(rows):
+        spread |= (row & _TOP_BIT) >> (7 - k)
+    plane[8 * eighth :] = body[7 * eighth :]
+    return plane
 
 
 def _samples(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -155,17 +182,26 @@ def _samples(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return stretches[:, :, :_SAMPLE_STRETCH_BYTES].reshape(width, -1)
 
 
-def _preset(sample: NDArray[np.uint8]) -> _zstd.Preset | None:
-    """Raw unless a coder gains 5 %; Huffman codes unless matches gain another 10 %.
+def _choose(plane: Bytes, sample: Bytes) -> tuple[int, _zstd.Preset]:
+    """A mode, and a preset for zstd. No entropy coder unless it gains 5 % on the sample; Huffman
+    codes unless matches gain another 10 %.
 
     Huffman codes alone are two to four times faster both ways, so matches are only for planes
     that are nearly constant or have long runs.
     """
+    if sample.size and (sample == plane[0]).all() and (plane == plane[0]).all():
+        return _CONSTANT, ()
     huffman = len(_zstd.compress(sample.data, _zstd.HUFFMAN))
     matching = len(_zstd.compress(sample.data, _MATCHING))
-    if 20 * min(huffman, matching) > 19 * sample.size:
-        return None
-    return _MATCHING if 10 * matching < 9 * huffman else _zstd.HUFFMAN
+    seven_bits = _has_seven_bits(sample) and _has_seven_bits(plane)
+    without = sample.size - (sample.size >> 3 if seven_bits else 0)
+    if 20 * min(huffman, matching) > 19 * without:
+        return (_SEVEN_BITS if seven_bits else _RAW), ()
+    return _ZSTD, (_MATCHING if 10 * matching < 9 * huffman else _zstd.HUFFMAN)
+
+
+def _has_seven_bits(plane: Bytes) -> bool:
+    return plane.size > 7 and bool(plane.max() < _TOP_BIT)
 
 
 def _decode_planes(payload: memoryview, first: int, n: int) -> list[Bytes]:
@@ -198,13 +234,15 @@ def _read_header(payload: memoryview, first: int, width: int) -> list[tuple[int,
 
 
 def _check_entry(mode: int, length: int, n: int) -> None:
+    packed = n - (n >> 3)
     allowed = {
         _RAW: range(n, n + 1),
         _ZSTD: range(1, n),
         _CONSTANT: range(1, 1 + min(n, 1)),
+        _SEVEN_BITS: range(packed, packed + min(n >> 3, 1)),
     }
     if mode not in allowed:
-        raise CodecError("unknown mode of a plane", expected="0, 1 or 2", found=mode)
+        raise CodecError("unknown mode of a plane", expected="0 to 3", found=mode)
     if length not in allowed[mode]:
         raise CodecError(
             f"wrong length of a plane in mode {mode}", expected=allowed[mode], found=length
@@ -215,5 +253,7 @@ def _decode_body(mode: int, body: memoryview, n: int) -> Bytes:
     if mode == _CONSTANT:
         return np.full(n, body[0], np.uint8)
     if mode == _ZSTD:
-        return np.frombuffer(_zstd.decompress(body, n), np.uint8)
+        return _zstd.decompress(body, n)
+    if mode == _SEVEN_BITS:
+        return _unpack(np.frombuffer(body, np.uint8), n)
     return np.frombuffer(body, np.uint8)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from asymcheck.codecs import _zstd
 from asymcheck.codecs._columns import paired
 from asymcheck.codecs.base import Column, JsonValue
@@ -60,7 +58,6 @@ class ZstdCodec:
         """
         for column, payload in paired(columns, payloads):
             if column.new.size:
-                content = _zstd.decompress(payload, column.new.size)
-                column.new[:] = np.frombuffer(content, np.uint8)
+                column.new[:] = _zstd.decompress(payload, column.new.size)
             elif payload.nbytes:
                 raise CodecError("bytes for an empty column", expected=0, found=payload.nbytes)

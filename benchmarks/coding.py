@@ -6,10 +6,10 @@ A small GPT learns English text, byte by byte: bfloat16 parameters, float32 mast
 gradients clipped to a norm of 1. They are bfloat16, as in mixed precision, or float32 (the whole
 training is; the parameters' bfloat16 copy is made of the masters). States of 14 bytes per parameter
 are kept at a step k and 1, 10 and 100 steps later, and coded in blocks of 2^20 elements: each leaf
-kind by every coder with and without the state at k as predecessor, and the whole state by ours
-(`replay` codes the leaves of a parameter jointly; `captured` is the same with the gradients of the
-update, which are stored, too: bytes and speeds stay those of the 14 bytes). Everything decoded is
-compared bit by bit.
+kind by every coder with and without the state at k as predecessor, the whole state by every coder
+without it and by ours with it (`replay` codes the leaves of a parameter jointly; `captured` is the
+same with the gradients of the update, which are stored, too: bytes and speeds stay those of the 14
+bytes). Everything decoded is compared bit by bit.
 
 Speeds are GB (1e9 bytes) of raw state a second of processor time, of one thread, block by block,
 medians over rounds in which all coders take turns. The chain's is that of the library's own reader,
@@ -255,11 +255,9 @@ def measure_full(state: State, repeats: int) -> Rows:
     plane, libraries = ours(PlaneCodec()), others()[0]
     coders = [plane, *(library.alone() for library in libraries)]
     rows: Rows = []
-    for kind in ROLES:
-        rows += rows_of(kind, FULL, measure(coders, groups_of([kind], state, None), repeats))
-    return rows + rows_of(
-        "state", FULL, measure([plane], groups_of([*ROLES], state, None), repeats)
-    )
+    for name, kinds in (*((kind, [kind]) for kind in ROLES), ("state", [*ROLES])):
+        rows += rows_of(name, FULL, measure(coders, groups_of(kinds, state, None), repeats))
+    return rows
 
 
 def measure_gap(run: Run, step: int, gap: int, repeats: int) -> Rows:

@@ -237,7 +237,8 @@ def _fill_table(weights: Any, longest: Any, symbols: Any, moves: Any) -> Any:  #
     """
     begins = np.zeros(_CODE_BITS + 3, _i64)  # of each weight in `ordered`
     for weight in weights:
-        begins[weight + 1] += 1
+        if weight:
+            begins[weight + 1] += 1
     if begins[2] < 2:
         return False
     for weight in range(1, begins.size):
@@ -245,8 +246,9 @@ def _fill_table(weights: Any, longest: Any, symbols: Any, moves: Any) -> Any:  #
     ordered = np.empty(256, _u64)
     places = begins.copy()
     for symbol in range(256):
-        ordered[places[weights[symbol]]] = symbol
-        places[weights[symbol]] += 1
+        if weights[symbol]:
+            ordered[places[weights[symbol]]] = symbol
+            places[weights[symbol]] += 1
 
     code = (ordered, begins, longest)
     later_symbols, later_moves = np.empty(_ENTRIES, _u64), np.empty(_ENTRIES, _u32)

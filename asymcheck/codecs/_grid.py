@@ -101,16 +101,28 @@ def _scale(significands: NDArray[np.float64], bits: int) -> float | None:
     probes = significands[:: max(1, significands.size // _PROBES)][:_PROBES]
     points = np.arange(1 << (bits - 1), 1 << bits) / (1 << (bits - 1))
     anchored = [(anchor / points) for anchor in probes[:_ANCHORS]]
-    candidates = np.concatenate([np.ones(1), *anchored])
+    candidates = _screened(np.concatenate([np.ones(1), *anchored]), probes, bits)
+    if candidates.size == 0:
+        return None
     distance = np.abs(_off_grid(probes / candidates[:, None], bits))
     errors = np.quantile(distance, 0.9, axis=1)
     best = int(np.argmin(errors))
-    if errors[0] < _TOLERANCE:  # not scaled at all, or by a power of two
+    if candidates[0] == 1 and errors[0] < _TOLERANCE:  # not scaled, or by a power of two
         best = 0
     if errors[best] >= _TOLERANCE:
         return None
     scale = float(candidates[best])
     return scale if scale >= 1 else 2 * scale
+
+
+def _screened(
+    candidates: NDArray[np.float64], probes: NDArray[np.float64], bits: int
+) -> NDArray[np.float64]:
+    """Those by which more than half of a few numbers lie on the grid: of thousands mostly none."""
+    for few in (probes[: _PROBES // 8], probes[_PROBES // 8 : _PROBES // 2]):
+        on_grid = np.abs(_off_grid(few / candidates[:, None], bits)) < _TOLERANCE
+        candidates = candidates[2 * np.count_nonzero(on_grid, axis=1) > few.size]
+    return candidates
 
 
 def _off_grid(quotients: NDArray[np.float64], bits: int) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ from servers.fixtures import gcs_server, s3_process, s3_server, seaweed_process,
 from servers.hdfs_fixtures import frail_cluster, hdfs_cluster, hdfs_path
 
 from asymcheck.cli import main
+from asymcheck.stores import drivers
 
 __all__ = [
     "frail_cluster",
@@ -32,6 +33,13 @@ settings.register_profile("asymcheck", deadline=None)
 settings.load_profile("asymcheck")
 
 _names = itertools.count()
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Object stores try again at once."""
+    monkeypatch.setattr(drivers, "FIRST_RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr(drivers, "LONGEST_RETRY_DELAY_S", 0.02)
 
 
 @pytest.fixture

@@ -26,17 +26,14 @@ from asymcheck.errors import (
     StorePermissionError,
     StoreUnavailableError,
 )
-from asymcheck.stores import Store, drivers, http_answers, open_store
+from asymcheck.stores import Store, http_answers, open_store
 from asymcheck.testing import StoreContract
 
 DATA = memoryview(bytes(range(256)) * 2000)  # half a megabyte
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 
 
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drivers, "FIRST_RETRY_DELAY_S", 0.01)
-    monkeypatch.setattr(drivers, "LONGEST_RETRY_DELAY_S", 0.02)
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 @pytest.fixture

@@ -34,14 +34,10 @@ from asymcheck.errors import (
     StoreUnavailableError,
 )
 from asymcheck.retention import collect_orphans
-from asymcheck.stores import drivers
 from asymcheck.stores.base import Guarantees
 
 
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drivers, "FIRST_RETRY_DELAY_S", 0.01)
-    monkeypatch.setattr(drivers, "LONGEST_RETRY_DELAY_S", 0.02)
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 @pytest.fixture(params=["gcs", "s3", "seaweed"])

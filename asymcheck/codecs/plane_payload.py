@@ -28,7 +28,7 @@ never negative, such as second moments, costs nothing.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -209,8 +209,7 @@ def _decode_planes(payload: memoryview, first: int, n: int) -> list[Bytes]:
     of `payload`."""
     width = first & ~_FLOATS
     entries = _read_header(payload, first, width)
-    for mode, length in entries:
-        _check_entry(mode, length, n)
+    _check_entries(entries, n)
     start = _header_bytes(width)
     end = start + sum(length for _, length in entries)
     if end != payload.nbytes:
@@ -233,7 +232,7 @@ def _read_header(payload: memoryview, first: int, width: int) -> list[tuple[int,
     return [(mode, length) for mode, length in _PLANE.iter_unpack(payload[1:header])]
 
 
-def _check_entry(mode: int, length: int, n: int) -> None:
+def _check_entries(entries: Sequence[tuple[int, int]], n: int) -> None:
     packed = n - (n >> 3)
     allowed = {
         _RAW: range(n, n + 1),
@@ -241,12 +240,13 @@ def _check_entry(mode: int, length: int, n: int) -> None:
         _CONSTANT: range(1, 1 + min(n, 1)),
         _SEVEN_BITS: range(packed, packed + min(n >> 3, 1)),
     }
-    if mode not in allowed:
-        raise CodecError("unknown mode of a plane", expected="0 to 3", found=mode)
-    if length not in allowed[mode]:
-        raise CodecError(
-            f"wrong length of a plane in mode {mode}", expected=allowed[mode], found=length
-        )
+    for mode, length in entries:
+        if mode not in allowed:
+            raise CodecError("unknown mode of a plane", expected="0 to 3", found=mode)
+        if length not in allowed[mode]:
+            raise CodecError(
+                f"wrong length of a plane in mode {mode}", expected=allowed[mode], found=length
+            )
 
 
 def _decode_body(mode: int, body: memoryview, n: int) -> Bytes:

@@ -120,6 +120,21 @@ def weighted_sum_inverse(k: Constants, new: Any, old: Any) -> Any:
     return f32((f64(new) - f64(k[0]) * f64(old)) / f64(k[1]))
 
 
+def descended(k: Constants, direction: Any, weight: Any) -> Any:
+    """A weight: weight + k[0] direction, each operation rounded."""
+    return weight + k[0] * direction
+
+
+def descended_fused(k: Constants, direction: Any, weight: Any) -> Any:
+    """The same with a fused operation."""
+    return f32(f64(k[0]) * f64(direction) + f64(weight))
+
+
+def step_size(numbers: Numbers) -> tuple[float, ...]:
+    """What both take."""
+    return (-numbers["lr"],)
+
+
 def no_constants(_numbers: Numbers) -> tuple[float, ...]:
     """For formulas without any."""
     return ()

@@ -12,20 +12,14 @@ from asymcheck.codecs.rules.base import (
     Constants,
     Form,
     MomentForm,
-    Numbers,
     Rule,
+    descended,
+    descended_fused,
     f32,
     f64,
     no_constants,
+    step_size,
 )
-
-
-def _weight(k: Constants, g: Any, w: Any) -> Any:
-    return w + k[0] * g
-
-
-def _weight_fused(k: Constants, g: Any, w: Any) -> Any:
-    return f32(f64(k[0]) * f64(g) + f64(w))
 
 
 def _gradient(k: Constants, new: Any, old: Any) -> Any:
@@ -36,17 +30,13 @@ def _nothing(_k: Constants, w: Any) -> Any:
     return f32(0) * w  # as an array; the old state does not tell the size of gradients
 
 
-def _of_weight(numbers: Numbers) -> tuple[float, ...]:
-    return (-numbers["lr"],)
-
-
 DESCENT = Rule(
     "descent",
     ("lr", "l2"),
     "weight",
     (
-        MomentForm(_weight_fused, _gradient, _of_weight),
-        MomentForm(_weight, _gradient, _of_weight),
+        MomentForm(descended_fused, _gradient, step_size),
+        MomentForm(descended, _gradient, step_size),
     ),
     {},
     Form(("weight",), _nothing, no_constants),

@@ -18,21 +18,16 @@ from asymcheck.codecs.rules.base import (
     MomentForm,
     Numbers,
     Rule,
+    descended,
+    descended_fused,
     f32,
     f64,
     no_constants,
+    step_size,
     weighted_sum,
     weighted_sum_inverse,
     weighted_sum_unfused,
 )
-
-
-def _weight(k: Constants, w: Any, b: Any) -> Any:
-    return w + k[0] * b
-
-
-def _weight_fused(k: Constants, w: Any, b: Any) -> Any:
-    return f32(f64(k[0]) * f64(b) + f64(w))
 
 
 def _weight_nesterov(k: Constants, w: Any, b: Any, g: Any) -> Any:
@@ -45,10 +40,6 @@ def _magnitude(_k: Constants, b: Any) -> Any:
 
 def _of_buffer(numbers: Numbers) -> tuple[float, ...]:
     return numbers["momentum"], 1 - numbers["dampening"]
-
-
-def _of_weight(numbers: Numbers) -> tuple[float, ...]:
-    return (-numbers["lr"],)
 
 
 def _of_nesterov(numbers: Numbers) -> tuple[float, ...]:
@@ -65,8 +56,8 @@ SGD = Rule(
     ),
     {
         "weight": (
-            Form(("weight", "first'"), _weight_fused, _of_weight),
-            Form(("weight", "first'"), _weight, _of_weight),
+            Form(("first'", "weight"), descended_fused, step_size),
+            Form(("first'", "weight"), descended, step_size),
             Form(("weight", "first'", "gradient"), _weight_nesterov, _of_nesterov),
         )
     },

@@ -36,7 +36,6 @@ from asymcheck.errors import (
 from asymcheck.retention import collect_orphans
 from asymcheck.stores.base import Guarantees
 
-
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
 

@@ -7,11 +7,10 @@ decoded side by side: for codes of 1 to 4 bits that is 2 to 1.2 times as fast as
 ones not. Whatever else is found, damage included, is left to zstd.
 
 Streams are read and written by 8 bytes at once, without bounds checks of the compiler. That none
-is out of bounds rests on three facts: a load ends at the last unread bit of a stream and begins
-less than 8 bytes before the stream, where there are headers of at least as many bytes; a round of
-look-ups begins only if the output of its stream has room for all symbols that its entries could
-hold; and an index of 11 bits is one of the table. Everything else indexes arrays, whose bounds are
-checked here.
+is out of bounds rests on three facts: a load ends at the last unread bit of a stream and begins at
+most 8 bytes before the stream, where there are headers of more bytes; a round of look-ups begins
+only if the output of its stream has room for all symbols that its entries could hold; and an index
+of 11 bits is one of the table. Everything else indexes arrays, whose bounds are checked here.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _extending: Any = importlib.import_module("numba.extending")
 _ir: Any = importlib.import_module("llvmlite.ir")
 _inline: Any = _extending.register_jitable
 
-_u8, _u16, _u32, _u64, _i64 = np.uint8, np.uint16, np.uint32, np.uint64, np.int64
+_u8, _u32, _u64, _i64 = np.uint8, np.uint32, np.uint64, np.int64
 
 _CODE_BITS = 11
 _ENTRIES = 1 << _CODE_BITS
@@ -138,6 +137,32 @@ def _read_frequencies(data: Any, begin: Any, end: Any, norm: Any) -> Any:  # pra
 
 
 @_inline
+def _fill_states(  # pragma: no cover
+    norm: Any, mask: Any, symbols: Any, widths: Any, bases: Any
+) -> None:
+    """What each state stands for, and how many bits lead from which base to the next one."""
+    last = mask
+    for symbol in range(norm.size):
+        if norm[symbol] < 0:
+            symbols[last] = symbol
+            last -= 1
+    step, at = ((mask + 1) >> 1) + ((mask + 1) >> 3) + 3, _i64(0)
+    for symbol in range(norm.size):
+        for _ in range(norm[symbol]):
+            symbols[at] = symbol
+            at = (at + step) & mask
+            while at > last:
+                at = (at + step) & mask
+    for state in range(mask + 1):
+        symbol = symbols[state]
+        following = abs(norm[symbol])
+        norm[symbol] = following + 1
+        while (following << widths[state]) <= mask:
+            widths[state] += 1
+        bases[state] = (following << widths[state]) - mask - 1
+
+
+@_inline
 def _read_compressed(data: Any, begin: Any, end: Any, weights: Any) -> Any:  # pragma: no cover
     """Weights that are coded by a finite state entropy code; their number, 0 if damaged."""
     norm = np.zeros(16, _i64)
@@ -145,30 +170,9 @@ def _read_compressed(data: Any, begin: Any, end: Any, weights: Any) -> Any:  # p
     bit = _bits_before_mark(data, stream, end)
     if log == 0 or bit < 2 * log:
         return _i64(0)
-    n_states = _i64(1) << log
-    mask = n_states - 1
-    symbols = np.zeros(n_states, _u8)
-    last = mask
-    for symbol in range(norm.size):
-        if norm[symbol] < 0:
-            symbols[last] = symbol
-            last -= 1
-    step, at = (n_states >> 1) + (n_states >> 3) + 3, _i64(0)
-    for symbol in range(norm.size):
-        for _ in range(norm[symbol]):
-            symbols[at] = symbol
-            at = (at + step) & mask
-            while at > last:
-                at = (at + step) & mask
-    widths = np.zeros(n_states, _i64)
-    bases = np.zeros(n_states, _i64)
-    for state in range(n_states):
-        symbol = symbols[state]
-        following = abs(norm[symbol])
-        norm[symbol] = following + 1
-        while (following << widths[state]) < n_states:
-            widths[state] += 1
-        bases[state] = (following << widths[state]) - n_states
+    mask = (_i64(1) << log) - 1
+    symbols, widths, bases = np.zeros(64, _u8), np.zeros(64, _i64), np.zeros(64, _i64)
+    _fill_states(norm, mask, symbols, widths, bases)
     bit -= log
     now = _bits(data, stream, end, bit) & mask
     bit -= log
@@ -464,9 +468,10 @@ def _decode_streams(  # pragma: no cover
 def decode(  # pragma: no cover
     data: Any, at: Any, max_block_bytes: Any, content: Any, lookups: Any
 ) -> Any:
-    """Fill `content` from the blocks of a frame that begin at `at`, if they end with the frame.
+    """Fill `content` from the blocks of a frame, which begin at `at`, after its header.
 
-    To be compiled. False: they hold something else, and `content` anything.
+    To be compiled. False: they hold something else, or do not end with the frame, or fill more or
+    less; `content` is then anything.
     """
     weights = np.empty(256, _u8)
     symbols, moves = np.empty(_ENTRIES, _u64), np.empty(_ENTRIES, _u32)

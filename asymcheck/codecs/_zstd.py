@@ -1,9 +1,9 @@
 """The one place that calls the zstd libraries: bytes to one frame, one frame to bytes.
 
 Frames are coded by `compression.zstd` (`backports.zstd` before Python 3.14), the binding that
-reaches the literal compression mode, and decoded by our own kernel if they are Huffman codes alone,
-else by `zstandard`, the faster decoder of the two. Contexts
-are kept per thread: to set one up costs more than to code a small plane.
+reaches the literal compression mode. They are decoded by our own kernel if they are Huffman codes
+alone, else by `zstandard`, the faster decoder of the two libraries. Contexts are kept per thread:
+to set one up costs more than to code a small plane.
 """
 
 from __future__ import annotations

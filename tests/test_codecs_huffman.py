@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from asymcheck.codecs import _zstd
 from asymcheck.codecs.kernels import Bytes
+from asymcheck.errors import CodecError
 
 numba_kernels = pytest.importorskip(
     "asymcheck.codecs._kernels_numba", reason="numba is not installed", exc_type=ImportError
@@ -129,9 +130,29 @@ def test_sequences_and_checksums_are_left_to_zstd():
     frame = np.frombuffer(_zstd.compress(text.data, _zstd.at_level(3)), np.uint8)
     assert ours(frame, text.size) is None
     assert _zstd.decompress(frame.data, text.size).tobytes() == text.tobytes()
-    data = bytes_of_entropy(2.6, 10_000)
-    checked = zstandard.ZstdCompressor(write_checksum=True).compress(data)
+    data = bytes_of_entropy(2.6, 100_000)
+    checked = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(data))
     assert _zstd.decompress(memoryview(checked), data.size).tobytes() == data.tobytes()
+    checked[-1] ^= 1
+    with pytest.raises(CodecError):
+        _zstd.decompress(memoryview(checked), data.size)
+
+
+@pytest.mark.parametrize(("bits", "n", "by_us"), [(2.6, 100_000, True), (2.6, 1000, False),
+                                                  (6.0, 100_000, False)])  # fmt: skip
+def test_zstd_is_taken_where_it_is_as_good(monkeypatch, bits: float, n: int, by_us: bool):
+    class Library:
+        calls = 0
+
+        def decompress(self, *arguments, **options):
+            self.calls += 1
+            return zstandard.ZstdDecompressor().decompress(*arguments, **options)
+
+    monkeypatch.setattr(_zstd._contexts, "decompressor", library := Library())
+    monkeypatch.setattr(_zstd, "kernels", lambda: KERNELS)
+    data = bytes_of_entropy(bits, n)
+    assert _zstd.decompress(framed(data).data, n).tobytes() == data.tobytes()
+    assert (library.calls == 0) == by_us
 
 
 def test_literals_without_a_code_are_left_to_zstd():

@@ -28,6 +28,7 @@ Preset = tuple[tuple[int, int], ...]
 _LITERAL_COMPRESSION_MODE = 1002  # ZSTD_c_literalCompressionMode, not named by the bindings
 _ALWAYS_HUFFMAN = 1
 _MAX_BLOCK_BYTES = 1 << 17
+_MIN_LITERALS_BYTES = 1 << 16  # below, nothing is gained that is worth compiling for
 _MAX_LITERAL_BITS = 5  # a byte; beyond, zstd is as fast
 
 MAX_LEVEL = CompressionParameter.compression_level.bounds()[1]
@@ -88,7 +89,9 @@ def decompress(frame: memoryview, nbytes: int) -> Bytes:
 def _decode_literals(frame: memoryview, declared: zstandard.FrameParameters) -> Bytes | None:
     """The content by our own decoder, where that is faster and knows the kinds of the blocks."""
     nbytes = declared.content_size
-    if declared.has_checksum or declared.dict_id or 8 * frame.nbytes > _MAX_LITERAL_BITS * nbytes:
+    if nbytes < _MIN_LITERALS_BYTES or 8 * frame.nbytes > _MAX_LITERAL_BITS * nbytes:
+        return None
+    if declared.has_checksum or declared.dict_id:
         return None
     begin = zstandard.frame_header_size(frame)
     max_block_bytes = min(declared.window_size, _MAX_BLOCK_BYTES)

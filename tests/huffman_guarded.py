@@ -11,11 +11,10 @@ import mmap
 import numpy as np
 import zstandard
 from test_codecs_huffman import (
-    KERNELS,
-    MAX_BLOCK_BYTES,
     OVERFULL,
     bytes_of_entropy,
     damaged,
+    decode_into,
     framed,
     lopsided,
 )
@@ -49,9 +48,7 @@ def decoded_frames(whole: np.ndarray, rng: np.random.Generator) -> int:
             source[begin : begin + frame.size] = frame
             placed = source[begin : begin + frame.size]
             content = target[:nbytes] if before else target[target_nbytes - nbytes :]
-            head = zstandard.frame_header_size(placed)
-            max_block_bytes = min(nbytes, MAX_BLOCK_BYTES)
-            n_decoded += KERNELS.decode_literals(placed, head, max_block_bytes, content)
+            n_decoded += decode_into(content, placed)
     return n_decoded
 
 

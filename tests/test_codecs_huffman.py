@@ -35,11 +35,15 @@ def framed(data: Bytes) -> Bytes:
     return np.frombuffer(_zstd.compress(data.data, _zstd.HUFFMAN), np.uint8)
 
 
+def decode_into(content: Bytes, frame: Bytes) -> bool:
+    max_block_bytes = min(content.size, MAX_BLOCK_BYTES)
+    begin = zstandard.frame_header_size(frame)
+    return KERNELS.decode_literals(frame, begin, max_block_bytes, content)
+
+
 def ours(frame: Bytes, n: int) -> Bytes | None:
     content = np.empty(n, np.uint8)
-    begin = zstandard.frame_header_size(frame)
-    decoded = KERNELS.decode_literals(frame, begin, min(n, MAX_BLOCK_BYTES), content)
-    return content if decoded else None
+    return content if decode_into(content, frame) else None
 
 
 def zstds(frame: Bytes, n: int) -> Bytes | None:

@@ -323,6 +323,27 @@ def _next_word(stream: Any, left: Any) -> Any:  # pragma: no cover
 
 
 @_inline
+def _look_up(
+    word: Any, position: Any, out: Any, symbols: Any, moves: Any
+) -> Any:  # pragma: no cover
+    """Write the next symbols; the word and the position after them.
+
+    A position is at·2^16 + the bits that were used of the word, so that moves can be added to it.
+    """
+    index = word >> _INDEX
+    move = _u64(moves[index])
+    _store8(out + _i64(position >> _TO_NUMBER), symbols[index])
+    return word << (move & _SIX_BITS), position + move
+
+
+@_inline
+def _refilled(word: Any, following: Any, position: Any, left: Any) -> Any:  # pragma: no cover
+    """The word with the bits that follow it, the position with none used, and what is left."""
+    word |= following >> (-position & _SIX_BITS)
+    return word, position & _POSITION, left - _i64(position & _BYTE)
+
+
+@_inline
 def _decode_four(  # pragma: no cover
     data: Any,
     begins: Any,
@@ -336,9 +357,9 @@ def _decode_four(  # pragma: no cover
 ) -> Any:
     """Decode four streams until one is near its end: from `left` bits, to `at` and up to `ends`.
 
-    A position is kept as at·2^16 + bits, so that moves can be added to it. Each stream has a word
-    of 64 unread bits; the bits that follow are loaded before they are needed, and so do not make
-    the next look-up wait. `lookups` is `LOOKUPS`; a constant would be unrolled, and lack registers.
+    Each stream has a word of 64 unread bits; the bits that follow are loaded before they are
+    needed, and so do not make the next look-up wait. `lookups` is `LOOKUPS`; a constant would be
+    unrolled, and lack registers.
     """
     out = _i64(content.ctypes.data)
     source = _i64(data.ctypes.data) - 8
@@ -363,38 +384,14 @@ def _decode_four(  # pragma: no cover
             n0, n1 = _next_bits(s0 - 8, l0), _next_bits(s1 - 8, l1)
             n2, n3 = _next_bits(s2 - 8, l2), _next_bits(s3 - 8, l3)
             for _ in range(lookups):
-                i0 = w0 >> _INDEX
-                m0 = _u64(moves[i0])
-                _store8(out + _i64(p0 >> _TO_NUMBER), symbols[i0])
-                w0 <<= m0 & _SIX_BITS
-                p0 += m0
-                i1 = w1 >> _INDEX
-                m1 = _u64(moves[i1])
-                _store8(out + _i64(p1 >> _TO_NUMBER), symbols[i1])
-                w1 <<= m1 & _SIX_BITS
-                p1 += m1
-                i2 = w2 >> _INDEX
-                m2 = _u64(moves[i2])
-                _store8(out + _i64(p2 >> _TO_NUMBER), symbols[i2])
-                w2 <<= m2 & _SIX_BITS
-                p2 += m2
-                i3 = w3 >> _INDEX
-                m3 = _u64(moves[i3])
-                _store8(out + _i64(p3 >> _TO_NUMBER), symbols[i3])
-                w3 <<= m3 & _SIX_BITS
-                p3 += m3
-            w0 |= n0 >> (-p0 & _SIX_BITS)
-            w1 |= n1 >> (-p1 & _SIX_BITS)
-            w2 |= n2 >> (-p2 & _SIX_BITS)
-            w3 |= n3 >> (-p3 & _SIX_BITS)
-            l0 -= _i64(p0 & _BYTE)
-            l1 -= _i64(p1 & _BYTE)
-            l2 -= _i64(p2 & _BYTE)
-            l3 -= _i64(p3 & _BYTE)
-            p0 &= _POSITION
-            p1 &= _POSITION
-            p2 &= _POSITION
-            p3 &= _POSITION
+                w0, p0 = _look_up(w0, p0, out, symbols, moves)
+                w1, p1 = _look_up(w1, p1, out, symbols, moves)
+                w2, p2 = _look_up(w2, p2, out, symbols, moves)
+                w3, p3 = _look_up(w3, p3, out, symbols, moves)
+            w0, p0, l0 = _refilled(w0, n0, p0, l0)
+            w1, p1, l1 = _refilled(w1, n1, p1, l1)
+            w2, p2, l2 = _refilled(w2, n2, p2, l2)
+            w3, p3, l3 = _refilled(w3, n3, p3, l3)
     left[0], left[1], left[2], left[3] = l0, l1, l2, l3
     at[0], at[1] = _i64(p0 >> _TO_NUMBER), _i64(p1 >> _TO_NUMBER)
     at[2], at[3] = _i64(p2 >> _TO_NUMBER), _i64(p3 >> _TO_NUMBER)
@@ -408,13 +405,11 @@ def _decode_one(  # pragma: no cover
     out = _i64(content.ctypes.data)
     stream = _i64(data.ctypes.data) + begin - 8
     while left >= _ROUND_BITS and at <= end - _ROUND_SYMBOLS:
-        word = _next_bits(stream, left)
+        word, position = _next_bits(stream, left), _u64(at) << _TO_NUMBER
         for _ in range(LOOKUPS):
-            move = _u64(moves[word >> _INDEX])
-            _store8(out + at, symbols[word >> _INDEX])
-            word <<= move & _SIX_BITS
-            left -= _i64(move & _BYTE)
-            at += _i64(move >> _TO_NUMBER)
+            word, position = _look_up(word, position, out, symbols, moves)
+        left -= _i64(position & _BYTE)
+        at = _i64(position >> _TO_NUMBER)
     while left > 0 and at < end:
         index = _next_bits(stream, left) >> _INDEX
         content[at] = symbols[index] & _BYTE
